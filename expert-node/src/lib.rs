@@ -1,0 +1,1 @@
+//! An expert node: holds experts and runs them.

@@ -1,0 +1,1 @@
+//! Decides which nodes are trusted with calls, from answers and misses.

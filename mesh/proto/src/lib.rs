@@ -1,0 +1,14 @@
+//! Membership, placement and health as pure state machines: no IO, no clock, no chance.
+//!
+//! The caller feeds events with the time they happened and carries out the actions that come back. So the whole
+//! of it runs in a simulation, and a failing seed replays.
+
+pub mod cluster;
+
+pub mod placement;
+
+pub mod health;
+
+pub mod routes;
+
+pub mod facts;

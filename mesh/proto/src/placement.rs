@@ -1,0 +1,1 @@
+//! Splits whole experts over nodes by memory.

@@ -1,0 +1,72 @@
+//! What router and node tell each other besides calls, as owned values. Their encoding is in `frame`.
+
+use crate::id::ExpertKey;
+
+/// First message of a node on its control stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hello {
+    /// Name the operator gave the node; at most `NAME_BYTES_MAX` bytes of UTF-8.
+    pub name: String,
+    /// Program version, for people.
+    pub version: String,
+    /// Fingerprint of the model the node can load experts of (BLAKE3 of its manifest).
+    pub model: [u8; 32],
+    /// Bytes it will spend on weights.
+    pub memory_bytes: u64,
+    /// Threads it computes with.
+    pub threads: u16,
+    /// Whether its kernels compute the bits of the definition.
+    pub exact: bool,
+    /// Kernel and instruction set, for people: `native avx512-vnni`.
+    pub kernels: String,
+    /// Measured weight bandwidth, in MB/s, at 1, 4, 16, 64 and 256 rows; 0 where not measured.
+    pub weight_mb_s: [u32; 5],
+    /// Epoch whose placement it still holds in memory, 0 for none.
+    pub held_epoch: u64,
+}
+
+/// The router's order to hold these experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placement {
+    /// Version of the placement; grows.
+    pub epoch: u64,
+    /// Model it is about (BLAKE3 of the manifest).
+    pub model: [u8; 32],
+    /// Experts this node shall hold, ascending.
+    pub experts: Vec<ExpertKey>,
+}
+
+/// The node's answer to a `Placement`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placed {
+    /// The placement it is about.
+    pub epoch: u64,
+    /// Bytes of weights now in memory.
+    pub weight_bytes: u64,
+    /// Empty when the experts are loaded; otherwise why not, for people.
+    pub refusal: String,
+}
+
+/// Counters a node reports every second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// Epoch it serves.
+    pub epoch: u64,
+    /// Calls answered since it started.
+    pub calls: u64,
+    /// Rows computed since it started.
+    pub rows: u64,
+    /// Microseconds in kernels since it started.
+    pub busy_us: u64,
+    /// Calls waiting now.
+    pub queued: u32,
+    /// Resident memory of the process.
+    pub resident_bytes: u64,
+}
+
+/// A last message before a side closes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Goodbye {
+    /// Why, for people.
+    pub reason: String,
+}

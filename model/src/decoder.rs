@@ -1,0 +1,1 @@
+//! What the router runs of a model: everything but the routed experts.

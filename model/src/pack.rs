@@ -1,0 +1,1 @@
+//! Packing a checkpoint into canonical bytes.

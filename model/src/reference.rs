@@ -1,0 +1,1 @@
+//! The whole model in one process: the yardstick.

@@ -1,0 +1,19 @@
+//! The router: HTTP -> prompt -> engine (scheduler) -> forward -> dispatch -> combine -> sampler -> stream.
+//!
+//! A module imports only modules listed after it (tests: tidy).
+
+pub mod http;
+
+pub mod prompt;
+
+pub mod stream;
+
+pub mod engine;
+
+pub mod scheduler;
+
+pub mod sampler;
+
+pub mod metrics;
+
+pub mod request;

@@ -1,0 +1,1 @@
+//! One token from one row of logits.
