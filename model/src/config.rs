@@ -46,7 +46,7 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Norm of queries and keys before rope.
     pub qk_norm: QkNorm,
-    /// Clamp of q, k and v to plus or minus this, before the norm (`clip_qkv`).
+    /// Clamp of q, k and v to plus or minus this, after the norm and before rope (`clip_qkv`).
     pub clip_qkv: Option<f32>,
     /// Whether the output head is the embedding.
     pub tied_embeddings: bool,
@@ -206,5 +206,36 @@ impl ModelConfig {
     /// Indices of the layers with routed experts.
     pub fn moe_layers(&self) -> impl Iterator<Item = usize> + '_ {
         self.layers.iter().enumerate().filter(|(_, layer)| layer.ffn == Ffn::Moe).map(|(index, _)| index)
+    }
+}
+
+/// Bytes of weights that one token reads: what a decode step is bounded by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenBytes {
+    /// Attention, gates, dense and shared blocks, head: always on the router.
+    pub router: u64,
+    /// The chosen routed experts of all layers.
+    pub experts: u64,
+}
+
+impl ModelConfig {
+    /// Weight bytes per token with large matrices in `format` (norms and biases are left out: under 0.1 %).
+    pub fn token_bytes(&self, format: crate::format::Format) -> TokenBytes {
+        let matrix = |outputs, inputs| format.matrix_bytes(outputs, inputs) as u64;
+        let block = |inter| matrix(2 * inter, self.hidden) + matrix(self.hidden, inter);
+        let mut bytes = TokenBytes { router: matrix(self.vocab, self.hidden), experts: 0 };
+        for layer in &self.layers {
+            bytes.router += matrix(self.q_width() + 2 * self.kv_width(), self.hidden);
+            bytes.router += matrix(self.hidden, self.q_width());
+            match layer.ffn {
+                Ffn::Dense(inter) => bytes.router += block(inter),
+                Ffn::Moe => {
+                    bytes.router += (self.moe.experts * self.hidden * size_of::<f32>()) as u64;
+                    bytes.router += self.moe.shared_inter.map_or(0, block);
+                    bytes.experts += self.moe.top_k as u64 * format.expert_bytes(self.hidden, self.moe.inter) as u64;
+                }
+            }
+        }
+        bytes
     }
 }

@@ -8,6 +8,8 @@
 
 pub mod reference;
 
+pub mod home;
+
 pub mod decoder;
 
 pub mod kv;

@@ -10,6 +10,10 @@ pub mod stream;
 
 pub mod engine;
 
+pub mod forward;
+
+pub mod dispatch;
+
 pub mod scheduler;
 
 pub mod sampler;
