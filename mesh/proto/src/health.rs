@@ -35,6 +35,9 @@ pub const BUDGET_FACTOR: f64 = 4.0;
 /// for a large prefill call must be able to answer it.
 pub const SLOW_FACTOR: f64 = 1.5;
 
+/// No budget exceeds this, whatever a node's figures predict; frames carry no more (`mesh_wire`).
+pub const BUDGET_MAX: Duration = Duration::from_secs(60);
+
 /// Misses in a row that make a node suspect. One may be a lost packet or a busy machine; every one more is another
 /// stall of the stream.
 pub const MISSES_MAX: u32 = 2;
@@ -178,7 +181,7 @@ impl Trust {
         let expected = expected.or_else(|| speed.service(assignments)).unwrap_or_default();
         let usual = times(expected, BUDGET_FACTOR).clamp(floor, BUDGET_CEILING);
         let patience = (1 << self.strikes.min(16)).min(PATIENCE_MAX);
-        usual.max(times(expected, SLOW_FACTOR)).saturating_mul(patience)
+        usual.max(times(expected, SLOW_FACTOR)).saturating_mul(patience).min(BUDGET_MAX)
     }
 
     /// Mean round trip of this size; of a size not seen yet, from the nearest smaller one as if no weights were
@@ -209,9 +212,9 @@ fn times(duration: Duration, factor: f64) -> Duration {
     seconds(duration.as_secs_f64() * factor)
 }
 
-/// Seconds from a peer's figures may be anything; more than an hour is an hour.
+/// Figures of a peer may predict anything; more than `BUDGET_MAX` is as good as that.
 fn seconds(value: f64) -> Duration {
-    Duration::from_secs_f64(value.clamp(0.0, 3600.0))
+    Duration::from_secs_f64(value.clamp(0.0, BUDGET_MAX.as_secs_f64()))
 }
 
 #[cfg(test)]
