@@ -323,11 +323,12 @@ fn headers_of_a_wrong_operation_version_or_length_are_refused_before_anything_is
 fn an_operation_is_not_read_as_another() {
     let call = call(RowFormat::Int8, 40, 2);
     let reply = reply(40);
-    let mut wrong = vec![];
-    wrong.push(Reply::parse(received(Op::Call, call.body())).map(drop));
-    wrong.push(Call::parse(received(Op::Reply, reply.body())).map(drop).map_err(|bad| bad.error));
-    wrong.push(Message::decode(&call).map(drop));
-    wrong.push(Message::decode(&reply).map(drop));
+    let wrong = [
+        Reply::parse(received(Op::Call, call.body())).map(drop),
+        Call::parse(received(Op::Reply, reply.body())).map(drop).map_err(|bad| bad.error),
+        Message::decode(&call).map(drop),
+        Message::decode(&reply).map(drop),
+    ];
     assert!(wrong.iter().all(|outcome| matches!(outcome, Err(FrameError::UnexpectedOp(_)))));
 }
 
