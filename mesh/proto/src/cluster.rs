@@ -1,4 +1,15 @@
 //! The router's view of its nodes: who is here, who holds what, who is trusted with calls.
+//!
+//! Nodes come, load what the plan gives them, may go silent, go away and come back. The router wants one table
+//! that is true at every moment (`Routes`), and every change of it must leave a state in which each call can be
+//! answered. The idea is two plans at most: the one in use and the next. Nodes serve both; the next one comes into
+//! use when every node of it that is still here has answered, so no expert is unserved because of a change. All
+//! else is a filter over the plan in use: an expert is routed to its owner while that node is connected, has
+//! acknowledged this epoch, and is not suspect; else the router computes it.
+//!
+//! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
+//! a node that joins during a change waits for the next one. This module refuses to move experts because a node was
+//! lost: their bytes are on the router, and a restart is more frequent than a loss for good.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,7 +17,18 @@ use std::time::Duration;
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
 use crate::facts::{Member, ModelFacts};
+use crate::health::{Speed, Trust};
+use crate::placement::{Capacity, Plan, no_owners, plan};
 use crate::routes::{NodeIndex, Routes};
+
+/// Longest wait of a new plan for a connected node that does not answer its placement. A node of a home cluster
+/// reads 20 GB from a slow disk in five minutes; until then the old plan serves, so waiting costs nothing but
+/// the help of the new node.
+pub const SWITCH_WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// Largest epoch that is believed of a node. Epochs grow by one per plan; more than this is a broken or hostile
+/// node, and counting on from it could overflow.
+pub const EPOCH_MAX: u64 = 1 << 48;
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -32,7 +54,9 @@ pub enum Event {
     },
     /// A call's budget ran out, or its reply was unusable.
     Missed(NodeIndex),
-    /// Time passed.
+    /// The operator wants a plan for the nodes that are here now, without waiting for more.
+    Plan,
+    /// Time passed. Expected several times a second: pauses and waits end with a tick.
     Tick,
 }
 
@@ -41,10 +65,81 @@ pub enum Event {
 pub enum Action {
     /// Send this placement.
     Place(NodeIndex, Placement),
-    /// Close the connection, telling the node why.
+    /// Close the connection, telling the node why. No `Lost` is expected for it.
     Disconnect(NodeIndex, String),
     /// `routes()` changed; hand the new table to the dispatcher.
     RoutesChanged,
+    /// Something the operator should read in the log about this node.
+    Report(NodeIndex, String),
+}
+
+/// When the first plan is made, and who may take part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Connected nodes that make it (at most the whole roster is waited for).
+    pub plan_at_nodes: usize,
+    /// Time since the first event after which it is made for whoever is here, once somebody is.
+    pub plan_after: Duration,
+    /// Whether nodes must compute the bits of the definition.
+    pub require_exact: bool,
+}
+
+/// Waits for the whole roster, for a minute; exact nodes only.
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy { plan_at_nodes: usize::MAX, plan_after: Duration::from_secs(60), require_exact: true }
+    }
+}
+
+/// How a node is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeState {
+    /// Not connected.
+    Absent,
+    /// Connected; no plan has work for it yet.
+    Waiting,
+    /// Loading its experts.
+    Loading,
+    /// Its experts are routed to it.
+    Serving,
+    /// Too many calls went unanswered; its experts run on the router until it is tried again.
+    Suspect,
+    /// It refused its placement; its experts run on the router.
+    Refused,
+}
+
+impl std::fmt::Display for NodeState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            NodeState::Absent => "absent",
+            NodeState::Waiting => "waiting",
+            NodeState::Loading => "loading",
+            NodeState::Serving => "serving",
+            NodeState::Suspect => "suspect",
+            NodeState::Refused => "refused",
+        })
+    }
+}
+
+/// A row of `moemesh nodes`.
+#[derive(Clone, Debug)]
+pub struct NodeStatus {
+    /// How it is doing.
+    pub state: NodeState,
+    /// Newest epoch it acknowledged since it connected, 0 for none.
+    pub epoch: u64,
+    /// Experts assigned to it by the plan in use.
+    pub experts: usize,
+    /// Bytes of weights it reported.
+    pub weight_bytes: u64,
+    /// What it said of itself when it connected.
+    pub hello: Option<Hello>,
+    /// Its last report.
+    pub health: Option<Health>,
+    /// Mean time in its kernels and mean round trip of recent calls.
+    pub call_means: Option<(Duration, Duration)>,
+    /// Why it was refused, turned away or suspected last; empty if never.
+    pub note: String,
 }
 
 /// The state machine. See `Cluster::handle`.
@@ -52,24 +147,129 @@ pub enum Action {
 pub struct Cluster {
     members: Vec<Member>,
     facts: ModelFacts,
+    policy: Policy,
+    /// Time of the first event.
+    started: Option<Duration>,
+    /// One per member.
+    nodes: Vec<Node>,
+    /// The plan in use.
+    current: Option<Stage>,
+    /// The plan nodes are loading; not without `current`.
+    next: Option<Stage>,
+    /// Whether a plan should be made as soon as none is being loaded.
+    plan_wanted: bool,
     routes: Arc<Routes>,
 }
 
+#[derive(Debug, Default)]
+struct Node {
+    link: Option<Link>,
+    note: String,
+}
+
+/// A connection that passed the checks.
+#[derive(Debug)]
+struct Link {
+    hello: Hello,
+    /// Where it stands with `Cluster::current`.
+    current: Order,
+    /// Where it stands with `Cluster::next`.
+    next: Order,
+    /// It refused a placement. It is left out of plans until it reconnects or the operator asks for a plan;
+    /// planning with it again and again would reload the others for nothing.
+    declined: bool,
+    epoch: u64,
+    weight_bytes: u64,
+    health: Option<Health>,
+    trust: Trust,
+    speed: Speed,
+}
+
+/// A placement on its way to be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    NotSent,
+    Sent,
+    Held,
+    Refused,
+}
+
+#[derive(Debug)]
+struct Stage {
+    epoch: u64,
+    since: Duration,
+    plan: Plan,
+}
+
 impl Cluster {
-    /// A cluster whose nodes have all yet to come: every expert is the router's own.
+    /// A cluster whose nodes have all yet to come, with the default policy: every expert is the router's own.
     pub fn new(members: Vec<Member>, facts: ModelFacts) -> Cluster {
-        let layers = facts.moe_layers.last().map_or(0, |last| usize::from(*last) + 1);
-        let mut nodes = vec![Vec::new(); layers];
-        for layer in &facts.moe_layers {
-            nodes[usize::from(*layer)] = vec![None; usize::from(facts.experts)];
+        Cluster::with_policy(members, facts, Policy::default())
+    }
+
+    /// As `new`, with a policy.
+    pub fn with_policy(members: Vec<Member>, facts: ModelFacts, policy: Policy) -> Cluster {
+        let routes = Arc::new(Routes { epoch: 0, nodes: no_owners(&facts) });
+        let nodes = members.iter().map(|_| Node::default()).collect();
+        Cluster {
+            members,
+            facts,
+            policy,
+            started: None,
+            nodes,
+            current: None,
+            next: None,
+            plan_wanted: false,
+            routes,
         }
-        Cluster { members, facts, routes: Arc::new(Routes { epoch: 0, nodes }) }
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
+    ///
+    /// Events about nodes outside the roster, and about connections that are gone, are ignored: events of the
+    /// network may cross. At most two actions per member and one more come back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
-        let _ = (now, event, &self.members, &self.facts);
-        Vec::new()
+        self.started.get_or_insert(now);
+        let mut actions = Vec::new();
+        match event {
+            Event::Answered { node, assignments, service, round_trip } => {
+                if let Some(link) = self.link(node) {
+                    link.trust.answered(assignments, service, round_trip);
+                }
+                return actions;
+            }
+            Event::Health(node, health) => {
+                if let Some(link) = self.link(node) {
+                    link.health = Some(health);
+                }
+                return actions;
+            }
+            Event::Missed(node) => {
+                if !self.link(node).is_some_and(|link| link.trust.missed(now)) {
+                    return actions;
+                }
+                let note = "calls went unanswered; its experts run on the router until it is tried again";
+                self.report(node, note.into(), &mut actions);
+            }
+            Event::Joined(node, hello) => self.joined(node, hello, &mut actions),
+            Event::Lost(node) => {
+                if let Some(node) = self.nodes.get_mut(usize::from(node)) {
+                    node.link = None;
+                }
+            }
+            Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
+            Event::Plan => {
+                self.plan_wanted = true;
+                self.nodes
+                    .iter_mut()
+                    .filter_map(|node| node.link.as_mut())
+                    .for_each(|link| link.declined = false);
+            }
+            Event::Tick => self.tick(now, &mut actions),
+        }
+        self.advance(now, &mut actions);
+        self.refresh(&mut actions);
+        actions
     }
 
     /// The table to dispatch by.
@@ -77,10 +277,287 @@ impl Cluster {
         Arc::clone(&self.routes)
     }
 
-    /// How long a call with this many assignments may take at this node before its experts are computed on the
-    /// router instead (DESIGN section 8).
+    /// How long a call may take at this node before its experts are computed on the router instead (DESIGN
+    /// section 8). `assignments` counts what the node has to compute before it can answer: the call's own and
+    /// those of calls still out to it.
     pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
-        let _ = (node, assignments);
-        Duration::from_millis(250)
+        let link = self.nodes.get(usize::from(node)).and_then(|node| node.link.as_ref());
+        match link {
+            Some(link) => link.trust.budget(assignments, &link.speed),
+            None => Trust::default().budget(assignments, &Speed::default()),
+        }
+    }
+
+    /// The roster, in the order of `NodeIndex`.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// Epoch in use; 0 before the first plan.
+    pub fn epoch(&self) -> u64 {
+        self.routes.epoch
+    }
+
+    /// Epoch that nodes are loading, if any.
+    pub fn next_epoch(&self) -> Option<u64> {
+        self.next.as_ref().map(|stage| stage.epoch)
+    }
+
+    /// Experts that no node is meant to hold: they run on the router for lack of memory, or of a plan.
+    pub fn unplaced(&self) -> usize {
+        let all = self.facts.moe_layers.len() * usize::from(self.facts.experts);
+        self.current.as_ref().map_or(all, |stage| stage.plan.unplaced())
+    }
+
+    /// Whether every connected node that is part of the plan in use serves it: the cluster is as good as it
+    /// gets without another event.
+    pub fn settled(&self) -> bool {
+        let Some(current) = &self.current else { return false };
+        let loading = |link: &Link| link.current == Order::Sent;
+        let part = |node| current.plan.capacity(node).is_some();
+        self.next.is_none() && !self.links().any(|(node, link)| part(node) && loading(link))
+    }
+
+    /// How a node is doing; `None` outside the roster.
+    pub fn status(&self, node: NodeIndex) -> Option<NodeStatus> {
+        let entry = self.nodes.get(usize::from(node))?;
+        let link = entry.link.as_ref();
+        let experts = self.current.as_ref().map_or(0, |stage| stage.plan.load(node).experts);
+        let state = match link {
+            None => NodeState::Absent,
+            Some(link) if link.trust.is_suspect() => NodeState::Suspect,
+            Some(link) => match (link.current, link.next) {
+                (Order::Held, _) => NodeState::Serving,
+                _ if link.declined => NodeState::Refused,
+                (Order::NotSent, Order::NotSent) => NodeState::Waiting,
+                _ => NodeState::Loading,
+            },
+        };
+        Some(NodeStatus {
+            state,
+            epoch: link.map_or(0, |link| link.epoch),
+            experts,
+            weight_bytes: link.map_or(0, |link| link.weight_bytes),
+            hello: link.map(|link| link.hello.clone()),
+            health: link.and_then(|link| link.health),
+            call_means: link.and_then(|link| link.trust.means()),
+            note: entry.note.clone(),
+        })
+    }
+
+    /// `status` of every member, in the order of `NodeIndex`.
+    pub fn statuses(&self) -> Vec<NodeStatus> {
+        (0..).map_while(|node| self.status(node)).collect()
+    }
+
+    fn link(&mut self, node: NodeIndex) -> Option<&mut Link> {
+        self.nodes.get_mut(usize::from(node))?.link.as_mut()
+    }
+
+    fn links(&self) -> impl Iterator<Item = (NodeIndex, &Link)> {
+        (0..).zip(&self.nodes).filter_map(|(index, node)| Some((index, node.link.as_ref()?)))
+    }
+
+    fn report(&mut self, node: NodeIndex, note: String, actions: &mut Vec<Action>) {
+        if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
+            entry.note.clone_from(&note);
+            actions.push(Action::Report(node, note));
+        }
+    }
+
+    /// Why a node may not take part, with the remedy.
+    fn objection(&self, hello: &Hello) -> Option<String> {
+        if hello.model != self.facts.fingerprint {
+            let short =
+                |hash: &[u8; 32]| hash[..4].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            return Some(format!(
+                "the node has model {}, the router serves {}: start both with the same --model and --weights",
+                short(&hello.model),
+                short(&self.facts.fingerprint),
+            ));
+        }
+        if self.policy.require_exact && !hello.exact {
+            return Some(format!(
+                "kernels '{}' do not compute the exact bits that the router promises: start the node with \
+                 --kernels exact, or the router with --kernels fastest",
+                hello.kernels
+            ));
+        }
+        (hello.held_epoch >= EPOCH_MAX).then(|| {
+            format!("the node claims to hold epoch {}, which cannot be: restart the node", hello.held_epoch)
+        })
+    }
+
+    fn joined(&mut self, node: NodeIndex, hello: Hello, actions: &mut Vec<Action>) {
+        if usize::from(node) >= self.nodes.len() {
+            return;
+        }
+        let entry = &mut self.nodes[usize::from(node)];
+        entry.link = None;
+        entry.note.clear();
+        if let Some(reason) = self.objection(&hello) {
+            self.nodes[usize::from(node)].note.clone_from(&reason);
+            actions.push(Action::Disconnect(node, reason));
+            return;
+        }
+        let capacity = self.capacity(node, &hello);
+        let mut link = Link {
+            speed: Speed {
+                weight_mb_s: hello.weight_mb_s,
+                expert_bytes: self.facts.expert_bytes,
+                per_layer: 0,
+            },
+            hello,
+            current: Order::NotSent,
+            next: Order::NotSent,
+            declined: false,
+            epoch: 0,
+            weight_bytes: 0,
+            health: None,
+            trust: Trust::default(),
+        };
+        // Its part of the newest plan, if that plan still fits what it has. An older plan would only be loaded
+        // to be dropped.
+        let newest = if self.next.is_some() {
+            (&self.next, &mut link.next)
+        } else {
+            (&self.current, &mut link.current)
+        };
+        match newest {
+            (Some(stage), order) if fits(&stage.plan, &capacity, &self.facts) => {
+                *order = Order::Sent;
+                link.speed.per_layer = per_layer(&stage.plan, node);
+                actions.push(place(&self.facts, stage, node));
+            }
+            (None, _) => {}
+            (Some(_), _) => self.plan_wanted = true,
+        }
+        self.nodes[usize::from(node)].link = Some(link);
+    }
+
+    fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {
+        let is = |stage: &Option<Stage>| stage.as_ref().is_some_and(|stage| stage.epoch == placed.epoch);
+        let (current, next) = (is(&self.current), is(&self.next));
+        let Some(link) = self.link(node) else { return };
+        let order = match (current, next) {
+            (true, _) => &mut link.current,
+            (_, true) => &mut link.next,
+            _ => return,
+        };
+        if *order != Order::Sent {
+            return;
+        }
+        if placed.refusal.is_empty() {
+            *order = Order::Held;
+            link.epoch = placed.epoch;
+            link.weight_bytes = placed.weight_bytes;
+            return;
+        }
+        *order = Order::Refused;
+        link.declined = true;
+        // The others may have room for its part. It is asked again when it reconnects.
+        self.plan_wanted = true;
+        let note = format!("refused its placement: {}; its experts stay on the router", placed.refusal);
+        self.report(node, note, actions);
+    }
+
+    fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        for (index, node) in (0..).zip(&mut self.nodes) {
+            if node.link.as_mut().is_some_and(|link| link.trust.tick(now)) {
+                actions.push(Action::Report(index, "is tried again".into()));
+            }
+        }
+    }
+
+    /// Takes the next plan into use when all have answered, then makes a plan if one is due. Each at most once
+    /// per event; a plan that is due and not made now is made at a later event.
+    fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if let Some(next) = &self.next {
+            let waited = now.saturating_sub(next.since) >= SWITCH_WAIT_MAX;
+            if waited || !self.links().any(|(_, link)| link.next == Order::Sent) {
+                self.current = self.next.take();
+                for link in self.nodes.iter_mut().filter_map(|node| node.link.as_mut()) {
+                    link.current = std::mem::replace(&mut link.next, Order::NotSent);
+                }
+            }
+        }
+        if self.next.is_none() && self.plan_is_due(now) {
+            self.make_plan(now, actions);
+        }
+    }
+
+    fn plan_is_due(&self, now: Duration) -> bool {
+        if self.current.is_some() || self.plan_wanted {
+            return self.plan_wanted;
+        }
+        let enough = self.policy.plan_at_nodes.min(self.nodes.len());
+        let waited = now.saturating_sub(self.started.unwrap_or(now));
+        self.links().count() >= enough || waited >= self.policy.plan_after
+    }
+
+    /// Plans for the nodes that are here and did not refuse. Without any, the wish for a plan stays.
+    fn make_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        let willing = self.links().filter(|(_, link)| !link.declined);
+        let capacities: Vec<_> = willing.map(|(node, link)| self.capacity(node, &link.hello)).collect();
+        if capacities.is_empty() {
+            return;
+        }
+        self.plan_wanted = false;
+        let used = self.current.as_ref().map_or(0, |stage| stage.epoch);
+        let epoch = self.links().map(|(_, link)| link.hello.held_epoch).fold(used, u64::max) + 1;
+        let plan = plan(&self.facts, &capacities, self.current.as_ref().map(|stage| &stage.plan));
+        let stage = Stage { epoch, since: now, plan };
+        let first = self.current.is_none();
+        for capacity in &capacities {
+            let Some(link) = self.link(capacity.node) else { continue };
+            *(if first { &mut link.current } else { &mut link.next }) = Order::Sent;
+            link.speed.per_layer = link.speed.per_layer.max(per_layer(&stage.plan, capacity.node));
+            actions.push(place(&self.facts, &stage, capacity.node));
+        }
+        *(if first { &mut self.current } else { &mut self.next }) = Some(stage);
+    }
+
+    fn capacity(&self, node: NodeIndex, hello: &Hello) -> Capacity {
+        Capacity { node, memory_bytes: hello.memory_bytes, weight_mb_s: hello.weight_mb_s[0] }
+    }
+
+    /// Recomputes the table and reports if it changed.
+    fn refresh(&mut self, actions: &mut Vec<Action>) {
+        let Some(current) = &self.current else { return };
+        let serves: Vec<bool> = self
+            .nodes
+            .iter()
+            .map(|node| {
+                let link = node.link.as_ref();
+                link.is_some_and(|link| link.current == Order::Held && !link.trust.is_suspect())
+            })
+            .collect();
+        let routed = |owner: &Option<NodeIndex>| owner.filter(|node| serves[usize::from(*node)]);
+        let nodes = current.plan.owners.iter().map(|owners| owners.iter().map(routed).collect()).collect();
+        let routes = Routes { epoch: current.epoch, nodes };
+        if routes != *self.routes {
+            self.routes = Arc::new(routes);
+            actions.push(Action::RoutesChanged);
+        }
     }
 }
+
+/// Whether a plan still suits a node that came back: it takes part, its part still fits, and more memory than
+/// it had then would change nothing.
+fn fits(plan: &Plan, now: &Capacity, facts: &ModelFacts) -> bool {
+    let Some(then) = plan.capacity(now.node) else { return false };
+    let room = now.experts(facts);
+    room >= plan.load(now.node).experts as u64 && (plan.unplaced() == 0 || room <= then.experts(facts))
+}
+
+fn per_layer(plan: &Plan, node: NodeIndex) -> u32 {
+    u32::try_from(plan.load(node).per_layer).unwrap_or(u32::MAX)
+}
+
+fn place(facts: &ModelFacts, stage: &Stage, node: NodeIndex) -> Action {
+    let experts = stage.plan.experts(node);
+    Action::Place(node, Placement { epoch: stage.epoch, model: facts.fingerprint, experts })
+}
+
+#[cfg(test)]
+mod tests;

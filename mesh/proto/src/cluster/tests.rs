@@ -1,0 +1,269 @@
+//! Membership and epochs, event by event; random orders of events are in `simulation`.
+
+mod simulation;
+
+use mesh_wire::id::{ExpertKey, NodeId};
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn facts() -> ModelFacts {
+    ModelFacts { fingerprint: [7; 32], moe_layers: vec![1, 2], experts: 12, expert_bytes: 100, top_k: 2 }
+}
+
+fn hello(experts: u64) -> Hello {
+    Hello {
+        name: "n".into(),
+        version: "0".into(),
+        model: [7; 32],
+        memory_bytes: experts * 100,
+        threads: 1,
+        exact: true,
+        kernels: "native scalar".into(),
+        weight_mb_s: [0; 5],
+        held_epoch: 0,
+    }
+}
+
+fn members(count: u8) -> Vec<Member> {
+    (0..count).map(|key| Member { id: NodeId([key; 32]), name: format!("n{key}") }).collect()
+}
+
+fn cluster(count: u8) -> Cluster {
+    Cluster::new(members(count), facts())
+}
+
+fn ack(epoch: u64) -> Placed {
+    Placed { epoch, weight_bytes: 1, refusal: String::new() }
+}
+
+/// Nodes that are sent a placement, with its epoch and number of experts.
+fn places(actions: &[Action]) -> Vec<(NodeIndex, u64, usize)> {
+    let place = |action: &Action| match action {
+        Action::Place(node, placement) => Some((*node, placement.epoch, placement.experts.len())),
+        _ => None,
+    };
+    actions.iter().filter_map(place).collect()
+}
+
+fn routed(cluster: &Cluster, node: NodeIndex) -> usize {
+    cluster.routes().nodes.iter().flatten().filter(|owner| **owner == Some(node)).count()
+}
+
+fn state(cluster: &Cluster, node: NodeIndex) -> NodeState {
+    cluster.status(node).unwrap().state
+}
+
+/// Three nodes that serve epoch 1 with 8 experts each.
+fn serving() -> Cluster {
+    let mut cluster = cluster(3);
+    for node in 0..3 {
+        cluster.handle(SECOND, Event::Joined(node, hello(100)));
+    }
+    for node in 0..3 {
+        assert_eq!(cluster.handle(SECOND, Event::Placed(node, ack(1))), [Action::RoutesChanged]);
+    }
+    assert!(cluster.settled());
+    cluster
+}
+
+#[test]
+fn the_first_plan_waits_for_the_roster_and_experts_for_their_node() {
+    let mut cluster = cluster(3);
+    assert_eq!(cluster.routes().nodes, [vec![], vec![None; 12], vec![None; 12]]);
+    assert_eq!(cluster.handle(SECOND, Event::Joined(0, hello(100))), []);
+    assert_eq!(cluster.handle(SECOND, Event::Joined(2, hello(100))), []);
+    assert_eq!(state(&cluster, 0), NodeState::Waiting);
+    assert_eq!(state(&cluster, 1), NodeState::Absent);
+    let actions = cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    assert_eq!(places(&actions), [(0, 1, 8), (1, 1, 8), (2, 1, 8)]);
+    assert_eq!((state(&cluster, 0), cluster.settled()), (NodeState::Loading, false));
+    assert_eq!(cluster.handle(SECOND, Event::Placed(1, ack(1))), [Action::RoutesChanged]);
+    assert_eq!((routed(&cluster, 0), routed(&cluster, 1), cluster.epoch()), (0, 8, 1));
+    assert_eq!((state(&cluster, 1), cluster.status(1).unwrap().epoch), (NodeState::Serving, 1));
+    assert_eq!(cluster.status(1).unwrap().experts, 8);
+    assert_eq!(cluster.handle(SECOND, Event::Placed(1, ack(1))), [], "said twice");
+    assert_eq!(cluster.handle(SECOND, Event::Placed(0, ack(9))), [], "about something else");
+}
+
+#[test]
+fn the_first_plan_is_made_after_a_while_or_on_demand() {
+    let policy = Policy { plan_after: 5 * SECOND, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    assert_eq!(cluster.handle(10 * SECOND, Event::Tick), []);
+    assert_eq!(cluster.handle(16 * SECOND, Event::Tick), [], "nobody to plan for");
+    assert_eq!(places(&cluster.handle(17 * SECOND, Event::Joined(1, hello(100)))), [(1, 1, 24)]);
+
+    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    cluster.handle(SECOND, Event::Joined(1, hello(5)));
+    assert_eq!(places(&cluster.handle(2 * SECOND, Event::Plan)), [(1, 1, 5)]);
+    assert_eq!(cluster.unplaced(), 19);
+
+    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    assert_eq!(cluster.handle(SECOND, Event::Joined(2, hello(100))), []);
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(0, hello(100)))), [(0, 1, 12), (2, 1, 12)]);
+}
+
+#[test]
+fn nodes_that_do_not_fit_are_turned_away_with_the_remedy() {
+    let turned_away = |hello: Hello, remedy: &str| {
+        let mut cluster = cluster(1);
+        let actions = cluster.handle(SECOND, Event::Joined(0, hello));
+        let [Action::Disconnect(0, reason)] = &actions[..] else { panic!("{actions:?}") };
+        assert!(reason.contains(remedy), "{reason}");
+        assert_eq!(cluster.status(0).unwrap().note, *reason);
+        assert_eq!(state(&cluster, 0), NodeState::Absent);
+    };
+    turned_away(Hello { model: [8; 32], ..hello(9) }, "same --model");
+    turned_away(Hello { exact: false, ..hello(9) }, "--kernels exact");
+    turned_away(Hello { held_epoch: u64::MAX, ..hello(9) }, "restart the node");
+
+    let policy = Policy { require_exact: false, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(1), facts(), policy);
+    let actions = cluster.handle(SECOND, Event::Joined(0, Hello { exact: false, ..hello(9) }));
+    assert_eq!(places(&actions), [(0, 1, 9)]);
+}
+
+#[test]
+fn a_lost_node_is_unrouted_at_once_and_comes_back_after_it_loaded() {
+    let mut cluster = serving();
+    assert_eq!(cluster.handle(SECOND, Event::Lost(1)), [Action::RoutesChanged]);
+    assert_eq!((routed(&cluster, 0), routed(&cluster, 1), cluster.epoch()), (8, 0, 1));
+    assert_eq!(cluster.handle(SECOND, Event::Missed(1)), [], "its last calls");
+    assert_eq!(cluster.handle(SECOND, Event::Placed(1, ack(1))), []);
+    let back = Hello { held_epoch: 1, ..hello(100) };
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(1, back))), [(1, 1, 8)]);
+    assert_eq!(routed(&cluster, 1), 0);
+    assert_eq!(cluster.handle(SECOND, Event::Placed(1, ack(1))), [Action::RoutesChanged]);
+    assert_eq!((routed(&cluster, 1), cluster.epoch()), (8, 1));
+    // A new connection while the old one still seems up: it has to load again.
+    let actions = cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    assert_eq!((places(&actions), routed(&cluster, 1)), (vec![(1, 1, 8)], 0));
+}
+
+#[test]
+fn a_late_node_is_planned_for_while_the_old_plan_serves() {
+    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(4), facts(), policy);
+    cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    cluster.handle(SECOND, Event::Placed(1, ack(1)));
+    let old = cluster.routes();
+    // It brings an epoch of an earlier router: the next one must be beyond it.
+    let actions = cluster.handle(SECOND, Event::Joined(2, Hello { held_epoch: 40, ..hello(100) }));
+    assert_eq!(places(&actions), [(0, 41, 8), (1, 41, 8), (2, 41, 8)]);
+    assert_eq!(cluster.next_epoch(), Some(41));
+    assert_eq!(cluster.handle(SECOND, Event::Placed(2, ack(41))), []);
+    assert_eq!(cluster.handle(SECOND, Event::Placed(0, ack(41))), []);
+    // Another one: not before this change is over.
+    assert_eq!(cluster.handle(SECOND, Event::Joined(3, hello(100))), []);
+    assert_eq!(cluster.routes(), old);
+    // The last one dies instead of answering.
+    let actions = cluster.handle(SECOND, Event::Lost(1));
+    assert_eq!(places(&actions), [(0, 42, 8), (2, 42, 8), (3, 42, 8)]);
+    assert_eq!(actions.last(), Some(&Action::RoutesChanged));
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 2)), (41, 8, 8));
+    // It comes back in the middle of that change and is part of neither: a third plan follows.
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(1, hello(100)))), []);
+    for node in [0, 2] {
+        assert_eq!(cluster.handle(SECOND, Event::Placed(node, ack(42))), []);
+    }
+    let actions = cluster.handle(SECOND, Event::Placed(3, ack(42)));
+    assert_eq!(places(&actions), [(0, 43, 6), (1, 43, 6), (2, 43, 6), (3, 43, 6)]);
+    assert_eq!((cluster.epoch(), routed(&cluster, 3)), (42, 8));
+}
+
+#[test]
+fn a_node_that_never_answers_its_placement_holds_back_a_plan_for_a_while_only() {
+    let policy = Policy { plan_at_nodes: 1, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(2), facts(), policy);
+    cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Placed(0, ack(2)));
+    assert_eq!(cluster.handle(SWITCH_WAIT_MAX, Event::Tick), []);
+    assert_eq!(cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Tick), [Action::RoutesChanged]);
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (2, 12, 0));
+    assert_eq!(cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Placed(1, ack(2))), [Action::RoutesChanged]);
+    assert_eq!(routed(&cluster, 1), 12);
+}
+
+#[test]
+fn a_refusal_is_reported_and_the_others_take_over_what_fits() {
+    let mut cluster = cluster(2);
+    cluster.handle(SECOND, Event::Joined(0, hello(20)));
+    cluster.handle(SECOND, Event::Joined(1, hello(20)));
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    let refusal = Placed { epoch: 1, weight_bytes: 0, refusal: "disk on fire".into() };
+    let actions = cluster.handle(SECOND, Event::Placed(1, refusal.clone()));
+    assert!(matches!(&actions[0], Action::Report(1, note) if note.contains("disk on fire")));
+    assert_eq!(places(&actions), [(0, 2, 20)]);
+    assert_eq!((state(&cluster, 1), routed(&cluster, 0), routed(&cluster, 1)), (NodeState::Refused, 12, 0));
+    cluster.handle(SECOND, Event::Placed(0, ack(2)));
+    assert_eq!((routed(&cluster, 0), cluster.unplaced()), (20, 4));
+    assert_eq!(state(&cluster, 1), NodeState::Refused);
+    assert_eq!(cluster.handle(SECOND, Event::Tick), [], "it is not asked again by itself");
+    assert_eq!(places(&cluster.handle(SECOND, Event::Plan)), [(0, 3, 12), (1, 3, 12)], "but on demand");
+}
+
+#[test]
+fn a_node_that_returns_with_less_memory_is_planned_for_anew() {
+    let mut cluster = serving();
+    cluster.handle(SECOND, Event::Lost(2));
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(8)))), [(2, 1, 8)], "still fits");
+    cluster.handle(SECOND, Event::Lost(2));
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(7)))).last(), Some(&(2, 2, 1)));
+}
+
+#[test]
+fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
+    let mut cluster = serving();
+    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.handle(SECOND, Event::Missed(0)), []);
+    let actions = cluster.handle(SECOND, Event::Missed(0));
+    assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
+    assert_eq!((state(&cluster, 0), routed(&cluster, 0)), (NodeState::Suspect, 0));
+    assert_eq!(cluster.handle(SECOND * 3 / 2, Event::Tick), []);
+    let actions = cluster.handle(2 * SECOND, Event::Tick);
+    assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
+    assert_eq!(routed(&cluster, 0), 8);
+    let (service, round_trip) = (SECOND / 1000, SECOND / 500);
+    cluster.handle(2 * SECOND, Event::Answered { node: 0, assignments: 8, service, round_trip });
+    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_FLOOR);
+    assert_eq!(cluster.status(0).unwrap().call_means, Some((service, round_trip)));
+    assert_eq!(cluster.handle(2 * SECOND, Event::Missed(0)), []);
+}
+
+#[test]
+fn events_about_strangers_are_ignored() {
+    let mut cluster = serving();
+    let before = cluster.routes();
+    let health = Health { epoch: 1, calls: 0, rows: 0, busy_us: 0, queued: 0, resident_bytes: 0 };
+    for event in [
+        Event::Joined(3, hello(9)),
+        Event::Lost(3),
+        Event::Placed(NodeIndex::MAX, ack(1)),
+        Event::Health(3, health),
+        Event::Missed(3),
+        Event::Answered { node: 3, assignments: 1, service: SECOND, round_trip: SECOND },
+    ] {
+        assert_eq!(cluster.handle(SECOND, event), []);
+    }
+    assert_eq!(cluster.routes(), before);
+    assert!(cluster.status(3).is_none());
+    assert_eq!(cluster.budget(3, 1), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.statuses().len(), 3);
+}
+
+#[test]
+fn placements_name_experts_in_order() {
+    let mut cluster = cluster(1);
+    let actions = cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    let [Action::Place(0, placement), Action::RoutesChanged] = &actions[..] else { panic!("{actions:?}") };
+    let all = [1, 2].into_iter().flat_map(|layer| (0..12).map(move |expert| ExpertKey { layer, expert }));
+    assert_eq!(placement.experts, all.collect::<Vec<_>>());
+    assert_eq!(placement.model, [7; 32]);
+}
