@@ -1,1 +1,3 @@
-//! tests
+//! Tests that cross crates, in one binary.
+
+mod golden;
