@@ -19,6 +19,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod attend;
 pub mod definition;
 mod elementwise;
 mod experts;

@@ -96,6 +96,12 @@ pub fn swiglu(gate: f32, up: f32) -> f32 {
     gate / (1.0 + exp(-gate)) * up
 }
 
+/// `1 / (1 + exp(-x))`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 /// One addend of the combine before rounding: `(y * weight) * scale`, where `scale` is the power of two
 /// `2^-step_log2`. Two products, in this order.
 #[inline(always)]
