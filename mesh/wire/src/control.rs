@@ -1,4 +1,7 @@
-//! What router and node tell each other besides calls, as owned values. Their encoding is in `frame`.
+//! What router and node tell each other besides calls, as owned values. Their encoding is in `message`.
+//!
+//! These are said a few times per second at most, so they are ordinary structs with strings; `message` writes them
+//! as flat archives and checks every length, text and code of those that come in.
 
 use crate::id::ExpertKey;
 
@@ -62,6 +65,46 @@ pub struct Health {
     pub queued: u32,
     /// Resident memory of the process.
     pub resident_bytes: u64,
+}
+
+/// Why a node did not compute a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Refusal {
+    /// It does not serve the epoch the call was made for.
+    UnknownEpoch = 1,
+    /// It does not hold one of the experts.
+    UnknownExpert = 2,
+    /// The frame is not a valid call, or not one for this model.
+    Malformed = 3,
+    /// The budget was spent before it could start.
+    Expired = 4,
+    /// Too many calls are waiting.
+    Busy = 5,
+    /// It is stopping.
+    Stopping = 6,
+    /// Computing failed.
+    Failed = 7,
+}
+
+impl Refusal {
+    /// The refusal with this code on the wire.
+    pub fn from_code(code: u8) -> Option<Refusal> {
+        use Refusal::{Busy, Expired, Failed, Malformed, Stopping, UnknownEpoch, UnknownExpert};
+        let all = [UnknownEpoch, UnknownExpert, Malformed, Expired, Busy, Stopping, Failed];
+        all.into_iter().find(|refusal| *refusal as u8 == code)
+    }
+}
+
+/// The answer to a call that was not computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallRefused {
+    /// The call; 0 where the frame was too broken to tell.
+    pub call: u64,
+    /// Why, for programs.
+    pub refusal: Refusal,
+    /// Why, for people.
+    pub detail: String,
 }
 
 /// A last message before a side closes.

@@ -1,0 +1,308 @@
+//! Everything that is said besides calls and replies, to and from bytes.
+//!
+//! Each message has a flat archive of integers and byte blobs. Texts are checked on both sides: outgoing ones are
+//! shortened to their limit (a long path in an error must not keep the error from arriving), incoming ones must be
+//! UTF-8 without control characters, because they end up on terminals and in logs.
+
+use rkyv::bytecheck::CheckBytes;
+use rkyv::rend::u16_le;
+use rkyv::vec::ArchivedVec;
+use rkyv::{Archive, Portable, Serialize};
+
+use crate::archive::{self, Reserve};
+use crate::buffer::{Buffer, Pool};
+use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Refusal};
+use crate::frame::{FrameError, NAME_BYTES_MAX, Op, PLACED_EXPERTS_MAX, TEXT_BYTES_MAX};
+use crate::id::ExpertKey;
+
+/// Bytes of a `Hello`'s version and kernel texts.
+const LABEL_BYTES_MAX: usize = TEXT_BYTES_MAX / 2;
+
+/// One message, owned.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// See `control::CallRefused`.
+    CallRefused(CallRefused),
+    /// See `control::Hello`.
+    Hello(Hello),
+    /// See `control::Placement`.
+    Placement(Placement),
+    /// See `control::Placed`.
+    Placed(Placed),
+    /// See `control::Health`.
+    Health(Health),
+    /// See `control::Goodbye`.
+    Goodbye(Goodbye),
+}
+
+impl Message {
+    /// Writes it as a frame into a buffer of the pool.
+    ///
+    /// # Errors
+    /// `Experts` for a placement that is not strictly ascending or too long; `PoolExhausted`.
+    pub fn encode(&self, pool: &Pool) -> Result<Buffer, FrameError> {
+        match self {
+            Message::CallRefused(refused) => encode_refused(pool, refused),
+            Message::Hello(hello) => encode_hello(pool, hello),
+            Message::Placement(placement) => encode_placement(pool, placement),
+            Message::Placed(placed) => encode_placed(pool, placed),
+            Message::Health(health) => encode_health(pool, *health),
+            Message::Goodbye(goodbye) => encode_goodbye(pool, goodbye),
+        }
+    }
+
+    /// Reads a received frame.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode(buffer: &Buffer) -> Result<Message, FrameError> {
+        Message::decode_body(buffer.op(), buffer.body())
+    }
+
+    /// Reads the body of a frame; it must lie at a multiple of 64.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode_body(op: Op, body: &[u8]) -> Result<Message, FrameError> {
+        match op {
+            Op::CallRefused => decode_refused(body).map(Message::CallRefused),
+            Op::Hello => decode_hello(body).map(Message::Hello),
+            Op::Placement => decode_placement(body).map(Message::Placement),
+            Op::Placed => decode_placed(body).map(Message::Placed),
+            Op::Health => decode_health(body).map(Message::Health),
+            Op::Goodbye => decode_goodbye(body).map(Message::Goodbye),
+            Op::Call | Op::Reply => Err(FrameError::UnexpectedOp(op)),
+        }
+    }
+}
+
+#[derive(Archive, Serialize)]
+struct RefusedArchive {
+    call: u64,
+    refusal: u8,
+    detail: Reserve<u8>,
+}
+
+fn encode_refused(pool: &Pool, refused: &CallRefused) -> Result<Buffer, FrameError> {
+    let detail = shortened(&refused.detail, TEXT_BYTES_MAX);
+    let value = RefusedArchive {
+        call: refused.call,
+        refusal: refused.refusal as u8,
+        detail: Reserve::new(detail.len()),
+    };
+    let mut buffer = archive::write(pool, Op::CallRefused, detail.len(), &value)?;
+    fill(&mut buffer, &value.detail, &detail);
+    Ok(buffer)
+}
+
+fn decode_refused(body: &[u8]) -> Result<CallRefused, FrameError> {
+    let archived = archive::read::<ArchivedRefusedArchive>(Op::CallRefused, body)?;
+    let unknown = FrameError::Code { field: "refusal", value: archived.refusal };
+    Ok(CallRefused {
+        call: archived.call.to_native(),
+        refusal: Refusal::from_code(archived.refusal).ok_or(unknown)?,
+        detail: text("detail", &archived.detail, TEXT_BYTES_MAX)?,
+    })
+}
+
+#[derive(Archive, Serialize)]
+struct HelloArchive {
+    model: [u8; 32],
+    memory_bytes: u64,
+    held_epoch: u64,
+    weight_mb_s: [u32; 5],
+    threads: u16,
+    exact: u8,
+    name: Reserve<u8>,
+    version: Reserve<u8>,
+    kernels: Reserve<u8>,
+}
+
+fn encode_hello(pool: &Pool, hello: &Hello) -> Result<Buffer, FrameError> {
+    let name = shortened(&hello.name, NAME_BYTES_MAX);
+    let version = shortened(&hello.version, LABEL_BYTES_MAX);
+    let kernels = shortened(&hello.kernels, LABEL_BYTES_MAX);
+    let value = HelloArchive {
+        model: hello.model,
+        memory_bytes: hello.memory_bytes,
+        held_epoch: hello.held_epoch,
+        weight_mb_s: hello.weight_mb_s,
+        threads: hello.threads,
+        exact: u8::from(hello.exact),
+        name: Reserve::new(name.len()),
+        version: Reserve::new(version.len()),
+        kernels: Reserve::new(kernels.len()),
+    };
+    let vectors = name.len() + version.len() + kernels.len();
+    let mut buffer = archive::write(pool, Op::Hello, vectors, &value)?;
+    fill(&mut buffer, &value.name, &name);
+    fill(&mut buffer, &value.version, &version);
+    fill(&mut buffer, &value.kernels, &kernels);
+    Ok(buffer)
+}
+
+fn decode_hello(body: &[u8]) -> Result<Hello, FrameError> {
+    let archived = archive::read::<ArchivedHelloArchive>(Op::Hello, body)?;
+    Ok(Hello {
+        name: text("name", &archived.name, NAME_BYTES_MAX)?,
+        version: text("version", &archived.version, LABEL_BYTES_MAX)?,
+        model: archived.model,
+        memory_bytes: archived.memory_bytes.to_native(),
+        threads: archived.threads.to_native(),
+        exact: match archived.exact {
+            0 => false,
+            1 => true,
+            value => return Err(FrameError::Code { field: "exactness", value }),
+        },
+        kernels: text("kernels", &archived.kernels, LABEL_BYTES_MAX)?,
+        weight_mb_s: archived.weight_mb_s.map(|rate| rate.to_native()),
+        held_epoch: archived.held_epoch.to_native(),
+    })
+}
+
+/// `ExpertKey` as it travels.
+#[derive(Clone, Copy, Debug, CheckBytes, Portable)]
+#[bytecheck(crate = rkyv::bytecheck)]
+#[repr(C)]
+struct Key {
+    layer: u16_le,
+    expert: u16_le,
+}
+
+#[derive(Archive, Serialize)]
+struct PlacementArchive {
+    epoch: u64,
+    model: [u8; 32],
+    experts: Reserve<Key>,
+}
+
+fn encode_placement(pool: &Pool, placement: &Placement) -> Result<Buffer, FrameError> {
+    check_experts(&placement.experts)?;
+    let value = PlacementArchive {
+        epoch: placement.epoch,
+        model: placement.model,
+        experts: Reserve::new(placement.experts.len()),
+    };
+    let mut buffer = archive::write(pool, Op::Placement, value.experts.bytes(), &value)?;
+    let room = buffer.body_mut()[value.experts.range()].chunks_exact_mut(size_of::<Key>());
+    for (to, key) in room.zip(&placement.experts) {
+        to[..2].copy_from_slice(&key.layer.to_le_bytes());
+        to[2..].copy_from_slice(&key.expert.to_le_bytes());
+    }
+    Ok(buffer)
+}
+
+fn decode_placement(body: &[u8]) -> Result<Placement, FrameError> {
+    let archived = archive::read::<ArchivedPlacementArchive>(Op::Placement, body)?;
+    if archived.experts.len() > PLACED_EXPERTS_MAX {
+        return Err(FrameError::Experts);
+    }
+    let key = |key: &Key| ExpertKey { layer: key.layer.to_native(), expert: key.expert.to_native() };
+    let experts: Vec<_> = archived.experts.iter().map(key).collect();
+    check_experts(&experts)?;
+    Ok(Placement { epoch: archived.epoch.to_native(), model: archived.model, experts })
+}
+
+fn check_experts(experts: &[ExpertKey]) -> Result<(), FrameError> {
+    let ascending = experts.is_sorted_by(|a, b| a < b);
+    if ascending && experts.len() <= PLACED_EXPERTS_MAX { Ok(()) } else { Err(FrameError::Experts) }
+}
+
+#[derive(Archive, Serialize)]
+struct PlacedArchive {
+    epoch: u64,
+    weight_bytes: u64,
+    refusal: Reserve<u8>,
+}
+
+fn encode_placed(pool: &Pool, placed: &Placed) -> Result<Buffer, FrameError> {
+    let refusal = shortened(&placed.refusal, TEXT_BYTES_MAX);
+    let value = PlacedArchive {
+        epoch: placed.epoch,
+        weight_bytes: placed.weight_bytes,
+        refusal: Reserve::new(refusal.len()),
+    };
+    let mut buffer = archive::write(pool, Op::Placed, refusal.len(), &value)?;
+    fill(&mut buffer, &value.refusal, &refusal);
+    Ok(buffer)
+}
+
+fn decode_placed(body: &[u8]) -> Result<Placed, FrameError> {
+    let archived = archive::read::<ArchivedPlacedArchive>(Op::Placed, body)?;
+    Ok(Placed {
+        epoch: archived.epoch.to_native(),
+        weight_bytes: archived.weight_bytes.to_native(),
+        refusal: text("refusal", &archived.refusal, TEXT_BYTES_MAX)?,
+    })
+}
+
+#[derive(Archive, Serialize)]
+struct HealthArchive {
+    epoch: u64,
+    calls: u64,
+    rows: u64,
+    busy_us: u64,
+    resident_bytes: u64,
+    queued: u32,
+}
+
+fn encode_health(pool: &Pool, health: Health) -> Result<Buffer, FrameError> {
+    let Health { epoch, calls, rows, busy_us, queued, resident_bytes } = health;
+    let value = HealthArchive { epoch, calls, rows, busy_us, resident_bytes, queued };
+    archive::write(pool, Op::Health, 0, &value)
+}
+
+fn decode_health(body: &[u8]) -> Result<Health, FrameError> {
+    let archived = archive::read::<ArchivedHealthArchive>(Op::Health, body)?;
+    Ok(Health {
+        epoch: archived.epoch.to_native(),
+        calls: archived.calls.to_native(),
+        rows: archived.rows.to_native(),
+        busy_us: archived.busy_us.to_native(),
+        queued: archived.queued.to_native(),
+        resident_bytes: archived.resident_bytes.to_native(),
+    })
+}
+
+#[derive(Archive, Serialize)]
+struct GoodbyeArchive {
+    reason: Reserve<u8>,
+}
+
+fn encode_goodbye(pool: &Pool, goodbye: &Goodbye) -> Result<Buffer, FrameError> {
+    let reason = shortened(&goodbye.reason, TEXT_BYTES_MAX);
+    let value = GoodbyeArchive { reason: Reserve::new(reason.len()) };
+    let mut buffer = archive::write(pool, Op::Goodbye, reason.len(), &value)?;
+    fill(&mut buffer, &value.reason, &reason);
+    Ok(buffer)
+}
+
+fn decode_goodbye(body: &[u8]) -> Result<Goodbye, FrameError> {
+    let archived = archive::read::<ArchivedGoodbyeArchive>(Op::Goodbye, body)?;
+    Ok(Goodbye { reason: text("reason", &archived.reason, TEXT_BYTES_MAX)? })
+}
+
+fn fill(buffer: &mut Buffer, room: &Reserve<u8>, text: &str) {
+    buffer.body_mut()[room.range()].copy_from_slice(text.as_bytes());
+}
+
+/// `text` with control characters replaced by spaces, cut at a character border to at most `max` bytes.
+fn shortened(text: &str, max: usize) -> String {
+    let mut short = String::new();
+    for letter in text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }) {
+        if short.len() + letter.len_utf8() > max {
+            break;
+        }
+        short.push(letter);
+    }
+    short
+}
+
+fn text(field: &'static str, bytes: &ArchivedVec<u8>, max: usize) -> Result<String, FrameError> {
+    let wrong = FrameError::Text { field, max };
+    if bytes.len() > max {
+        return Err(wrong);
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| wrong.clone())?;
+    if text.chars().any(char::is_control) { Err(wrong) } else { Ok(text.to_owned()) }
+}
