@@ -46,7 +46,7 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Norm of queries and keys before rope.
     pub qk_norm: QkNorm,
-    /// Clamp of q, k and v to plus or minus this, before the norm (`clip_qkv`).
+    /// Clamp of q, k and v to plus or minus this, after the norm of q and k and before rope (`clip_qkv`).
     pub clip_qkv: Option<f32>,
     /// Whether the output head is the embedding.
     pub tied_embeddings: bool,

@@ -31,3 +31,5 @@ pub mod config;
 pub mod format;
 
 pub mod region;
+
+pub mod json;

@@ -4,8 +4,13 @@ use std::path::{Path, PathBuf};
 
 use crate::config::ModelConfig;
 use crate::format::Format;
-use crate::packed::{PackedExpert, PackedMatrix, TensorName};
+use crate::pack::{self, PackError};
+use crate::packed::manifest::PackedFiles;
+use crate::packed::{PackedExpert, PackedMatrix, TensorKind, TensorName, kind};
 use crate::region::Bytes;
+use crate::synthetic::{self, Synthetic};
+
+pub use crate::pack::Progress;
 
 /// An opened model: everything by name, as views of mapped files or made from the seed on request.
 #[derive(Debug)]
@@ -20,6 +25,13 @@ pub struct Model {
     pub fingerprint: [u8; 32],
     /// The Hugging Face directory with tokenizer and templates; `None` for a synthetic model.
     pub directory: Option<PathBuf>,
+    weights: Weights,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Packed(Box<PackedFiles>),
+    Synthetic(Box<Synthetic>),
 }
 
 /// Why a model does not open. Every message names the file or key and says what to do.
@@ -27,8 +39,11 @@ pub struct Model {
 #[error("{0}")]
 pub struct OpenError(pub String);
 
-/// Reports of long work: bytes done, bytes in all, and what is being done.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64, &str);
+impl From<PackError> for OpenError {
+    fn from(error: PackError) -> OpenError {
+        OpenError(error.0)
+    }
+}
 
 impl Model {
     /// Opens `spec`: a directory, or `synthetic:<shape>?layers=N&seed=S`. A directory is packed into
@@ -39,36 +54,124 @@ impl Model {
         cache: &Path,
         progress: Progress<'_>,
     ) -> Result<Model, OpenError> {
-        let _ = (spec, format, cache, progress);
-        todo!()
+        if spec.starts_with(synthetic::PREFIX) {
+            let made = Synthetic::parse(spec, format).map_err(|error| OpenError(error.0))?;
+            return Ok(Model {
+                name: made.canonical(),
+                config: made.config().clone(),
+                format,
+                fingerprint: made.fingerprint(),
+                directory: None,
+                weights: Weights::Synthetic(Box::new(made)),
+            });
+        }
+        let directory = std::fs::canonicalize(spec).map_err(|error| {
+            OpenError(format!(
+                "cannot open model '{}': {error}; give a Hugging Face directory or {}<shape>",
+                spec.escape_debug(),
+                synthetic::PREFIX
+            ))
+        })?;
+        if !directory.is_dir() {
+            let shown = directory.display();
+            return Err(OpenError(format!(
+                "{shown} is not a directory; give the directory that has config.json"
+            )));
+        }
+        let packed = pack::open_or_pack(&directory, format, cache, progress)?;
+        let name = directory.file_name().map(|name| name.to_string_lossy().into_owned());
+        Ok(Model {
+            name: name.unwrap_or_else(|| spec.to_string()),
+            config: packed.manifest().config.clone(),
+            format,
+            fingerprint: packed.fingerprint(),
+            directory: Some(directory),
+            weights: Weights::Packed(Box::new(packed)),
+        })
     }
 
     /// A matrix (`Qkv`, `AttentionOut`, `LocalGateUp`, `LocalDown`, `Head`).
     pub fn matrix(&self, name: TensorName) -> Result<PackedMatrix, OpenError> {
-        let _ = name;
-        todo!()
+        match self.kind(name)? {
+            TensorKind::Matrix { outputs, inputs } => {
+                Ok(PackedMatrix { format: self.format, outputs, inputs, bytes: self.bytes(name)? })
+            }
+            _ => Err(OpenError(format!("{name} is not a matrix"))),
+        }
     }
 
     /// A small f32 tensor (norms, biases, gates).
     pub fn vector(&self, name: TensorName) -> Result<Vec<f32>, OpenError> {
-        let _ = name;
-        todo!()
+        match self.kind(name)? {
+            TensorKind::Vector(_) => Ok(self
+                .bytes(name)?
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bits| f32::from_le_bytes(*bits))
+                .collect()),
+            _ => Err(OpenError(format!("{name} is not a vector"))),
+        }
     }
 
     /// The embedding: bf16 `[vocab, hidden]`, little-endian, row-major.
     pub fn embedding(&self) -> Result<Bytes, OpenError> {
-        todo!()
+        self.bytes(TensorName::Embedding)
     }
 
     /// One expert. Of a directory: a view of the mapped file. Synthetic: made now.
     pub fn expert(&self, layer: usize, expert: usize) -> Result<PackedExpert, OpenError> {
-        let _ = (layer, expert);
-        todo!()
+        let absent = || OpenError(format!("{} has no expert {expert} in layer {layer}", self.name));
+        let (Ok(l), Ok(e)) = (u16::try_from(layer), u16::try_from(expert)) else { return Err(absent()) };
+        let name = TensorName::Expert(l, e);
+        let Some(TensorKind::Expert { hidden, inter }) = kind(&self.config, name) else {
+            return Err(absent());
+        };
+        Ok(PackedExpert { format: self.format, hidden, inter, bytes: self.bytes(name)? })
     }
 
-    /// Combine step of a MoE layer, as a power of two.
+    /// Combine step of a MoE layer, as a power of two. 0 for a layer that has no experts.
     pub fn step_log2(&self, layer: usize) -> i8 {
-        let _ = layer;
-        todo!()
+        match &self.weights {
+            Weights::Packed(files) => files.manifest().steps_log2.get(layer).copied().flatten().unwrap_or(0),
+            Weights::Synthetic(made) => made.step_log2(),
+        }
+    }
+
+    /// BLAKE3 of a tensor's bytes: from the manifest of a directory, computed for a synthetic model.
+    pub fn hash(&self, name: TensorName) -> Result<[u8; 32], OpenError> {
+        if let Weights::Packed(files) = &self.weights {
+            let blob = files.manifest().blobs.get(&name.to_string());
+            let hash = blob.and_then(|blob| blake3::Hash::from_hex(&blob.blake3).ok());
+            return hash.map(|hash| *hash.as_bytes()).ok_or_else(|| self.absent(name));
+        }
+        Ok(*blake3::hash(&self.bytes(name)?).as_bytes())
+    }
+
+    /// Reads every byte of a packed model and compares hashes; the error names the first tensor that differs.
+    pub fn verify(&self, progress: Progress<'_>) -> Result<(), OpenError> {
+        match &self.weights {
+            Weights::Packed(files) => files.verify(progress).map_err(|error| OpenError(error.0)),
+            Weights::Synthetic(_) => Ok(()),
+        }
+    }
+
+    fn kind(&self, name: TensorName) -> Result<TensorKind, OpenError> {
+        kind(&self.config, name).ok_or_else(|| self.absent(name))
+    }
+
+    fn bytes(&self, name: TensorName) -> Result<Bytes, OpenError> {
+        let bytes = match &self.weights {
+            Weights::Packed(files) => files.tensor(name),
+            Weights::Synthetic(made) => made.tensor(name),
+        };
+        bytes.ok_or_else(|| self.absent(name))
+    }
+
+    fn absent(&self, name: TensorName) -> OpenError {
+        OpenError(format!("model {} has no tensor {name}", self.name))
     }
 }
+
+#[cfg(test)]
+mod tests;
