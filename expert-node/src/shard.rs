@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_wire::control::Placement;
 use mesh_wire::id::ExpertKey;
+use model::format::Format;
 use model::kernel::{KernelError, Kernels, LayerExperts};
 use model::open::{Model, OpenError};
 use model::packed::PackedExpert;
@@ -28,8 +29,26 @@ pub const ARENA_BYTES: usize = 64 << 20;
 /// Alignment of an expert: what kernels load at once.
 const LINE: usize = 64;
 
+/// What all experts of a model have in common.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Format of the weights.
+    pub format: Format,
+    /// Width of a row.
+    pub hidden: usize,
+    /// Bytes of one expert.
+    pub expert_bytes: u64,
+    /// Layers that have experts, ascending.
+    pub layers: Vec<u16>,
+    /// Experts of each of them.
+    pub experts: u16,
+}
+
 /// Where experts come from. `Model` is the one; tests have others.
 pub trait Source: Send + Sync + std::fmt::Debug {
+    /// What its experts have in common.
+    fn shape(&self) -> Shape;
+
     /// BLAKE3 of the model's manifest.
     fn fingerprint(&self) -> [u8; 32];
 
@@ -44,6 +63,18 @@ pub trait Source: Send + Sync + std::fmt::Debug {
 }
 
 impl Source for Model {
+    fn shape(&self) -> Shape {
+        let moe = &self.config.moe;
+        Shape {
+            format: self.format,
+            hidden: self.config.hidden,
+            expert_bytes: self.format.expert_bytes(self.config.hidden, moe.inter) as u64,
+            // Configs with more layers or experts than fit are refused when they are read.
+            layers: self.config.moe_layers().filter_map(|layer| u16::try_from(layer).ok()).collect(),
+            experts: u16::try_from(moe.experts).unwrap_or(u16::MAX),
+        }
+    }
+
     fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }
@@ -64,7 +95,9 @@ pub enum PlaceError {
     #[error("the placement is for another model: start router and node with the same --model and --weights")]
     Model,
     /// It does not fit.
-    #[error("{experts} experts need {needed} bytes of memory, allowed are {allowed}: start the node with more --memory")]
+    #[error(
+        "{experts} experts need {needed} bytes of memory, allowed are {allowed}: start the node with more --memory"
+    )]
     Memory {
         /// Experts of the placement.
         experts: usize,
@@ -166,6 +199,11 @@ impl Shard {
         }
     }
 
+    /// What all experts of the model have in common.
+    pub fn shape(&self) -> Shape {
+        self.source.shape()
+    }
+
     /// Newest epoch that is held, 0 for none.
     pub fn epoch(&self) -> u64 {
         self.lock().last().map_or(0, |epoch| epoch.epoch)
@@ -235,11 +273,8 @@ impl Shard {
 
     /// Bytes of the placement's experts, which must be within the memory.
     fn needed(&self, placement: &Placement) -> Result<u64, PlaceError> {
-        // Every expert of a model has the same shape.
-        let Some(first) = placement.experts.first() else { return Ok(0) };
-        let each = self.source.expert(*first)?.bytes.len() as u64;
         let experts = placement.experts.len();
-        let needed = each.saturating_mul(experts as u64);
+        let needed = self.source.shape().expert_bytes.saturating_mul(experts as u64);
         if needed > self.memory_bytes {
             return Err(PlaceError::Memory { experts, needed, allowed: self.memory_bytes });
         }
@@ -268,13 +303,21 @@ impl Shard {
         if needed.saturating_add(alone) <= self.memory_bytes {
             held.push(newest);
         } else {
-            tracing::warn!(epoch = newest.epoch, "no memory for two placements at once: the old one ends now");
+            tracing::warn!(
+                epoch = newest.epoch,
+                "no memory for two placements at once: the old one ends now"
+            );
         }
         shared
     }
 
     /// All layers of a placement: shared ones as they are, the rest from the source.
-    fn load(&self, wanted: &Wanted, mut shared: Shared, progress: Progress<'_>) -> Result<Layers, PlaceError> {
+    fn load(
+        &self,
+        wanted: &Wanted,
+        mut shared: Shared,
+        progress: Progress<'_>,
+    ) -> Result<Layers, PlaceError> {
         let total: usize = wanted.values().map(Vec::len).sum();
         let mut done = 0;
         let mut layers = Layers::new();

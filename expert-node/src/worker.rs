@@ -16,12 +16,11 @@ use mesh_wire::control::{CallRefused, Refusal};
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use model::activations::{Activations, row_bytes};
-use model::format::Format;
 use model::kernel::{Assignment, LayerExperts, PartialSums};
 use model::region::Buffer;
 
 use crate::batch::{Job, Queue};
-use crate::shard::{Missing, Shard};
+use crate::shard::{Missing, Shape, Shard};
 
 /// Counts since the process started.
 #[derive(Debug, Default)]
@@ -44,26 +43,15 @@ fn count(counter: &AtomicU64, more: u64) {
     counter.fetch_add(more, Ordering::Relaxed);
 }
 
-/// What calls must look like, and how fast they may be computed.
-#[derive(Clone, Copy, Debug)]
-pub struct Terms {
-    /// Format of the weights.
-    pub format: Format,
-    /// Width of a row.
-    pub hidden: usize,
-    /// Bytes of one expert.
-    pub expert_bytes: u64,
-    /// Floor under the time of a kernel entry, in bytes of weights per second; for studies.
-    pub pace_bytes_s: Option<f64>,
-}
-
 /// The worker and what it keeps between calls.
 #[derive(Debug)]
 pub struct Worker {
     queue: Arc<Queue>,
     shard: Arc<Shard>,
     counters: Arc<Counters>,
-    terms: Terms,
+    shape: Shape,
+    /// Floor under the time of a kernel entry, in bytes of weights per second; for studies.
+    pace_bytes_s: Option<f64>,
     /// Replies are written into buffers of this.
     pool: Pool,
     /// Rows of a batch of several calls, one after the other.
@@ -76,11 +64,27 @@ pub struct Worker {
 type Refused = (Refusal, String);
 
 impl Worker {
-    /// A worker that has yet to `run`.
-    pub fn new(queue: Arc<Queue>, shard: Arc<Shard>, terms: Terms, pool: Pool) -> Worker {
-        let counters = Arc::default();
-        let (assignments, sums) = (Vec::new(), PartialSums::default());
-        Worker { queue, shard, counters, terms, pool, rows: Buffer::zeroed(0), assignments, sums }
+    /// A worker that has yet to `run`. Replies are written into buffers of `pool`.
+    pub fn new(queue: Arc<Queue>, shard: Arc<Shard>, pool: Pool) -> Worker {
+        Worker {
+            shape: shard.shape(),
+            queue,
+            shard,
+            counters: Arc::default(),
+            pace_bytes_s: None,
+            pool,
+            rows: Buffer::zeroed(0),
+            assignments: Vec::new(),
+            sums: PartialSums::default(),
+        }
+    }
+
+    /// Makes every kernel entry take at least as long as a machine would that streams so many bytes of weights per
+    /// second: for studies of weaker machines.
+    #[must_use]
+    pub fn paced(mut self, bytes_s: Option<f64>) -> Worker {
+        self.pace_bytes_s = bytes_s.filter(|pace| *pace > 0.0);
+        self
     }
 
     /// What it did so far.
@@ -127,12 +131,16 @@ impl Worker {
     fn admit(&self, job: &Job) -> Result<Arc<dyn LayerExperts>, Refused> {
         let head = job.call.head();
         if job.received.elapsed() >= Duration::from_micros(u64::from(head.budget_us)) {
-            return Err((Refusal::Expired, format!("its {} us were over before it could start", head.budget_us)));
+            return Err((
+                Refusal::Expired,
+                format!("its {} us were over before it could start", head.budget_us),
+            ));
         }
         let quantized = head.format == RowFormat::Int8;
-        if head.hidden as usize != self.terms.hidden || quantized != self.terms.format.is_quantized() {
-            let Terms { format, hidden, .. } = self.terms;
-            let wanted = format!("rows are {:?} of {}, this {format} model has {hidden}", head.format, head.hidden);
+        let Shape { format, hidden, .. } = self.shape;
+        if head.hidden as usize != hidden || quantized != format.is_quantized() {
+            let wanted =
+                format!("rows are {:?} of {}, this {format} model has {hidden}", head.format, head.hidden);
             return Err((Refusal::Malformed, wanted));
         }
         let experts = job.call.view().assignments().iter().map(|assignment| assignment.expert);
@@ -144,7 +152,7 @@ impl Worker {
 
     /// One entry into the kernel for all calls; the sums of their rows follow each other.
     fn run_kernel(&mut self, layer: &dyn LayerExperts, jobs: &[Job]) -> Result<(), Refused> {
-        let Terms { format, hidden, .. } = self.terms;
+        let Shape { format, hidden, .. } = self.shape;
         let deadline = self.pace(jobs);
         self.assignments.clear();
         let mut rows = 0;
@@ -181,17 +189,17 @@ impl Worker {
 
     /// When the kernel entry may end at the earliest: every expert it uses is read once.
     fn pace(&self, jobs: &[Job]) -> Option<Instant> {
-        let pace = self.terms.pace_bytes_s?;
+        let pace = self.pace_bytes_s?;
         let calls = jobs.iter().flat_map(|job| job.call.view().assignments());
         let experts: std::collections::BTreeSet<_> = calls.map(|assignment| assignment.expert).collect();
-        let seconds = experts.len() as f64 * self.terms.expert_bytes as f64 / pace;
+        let seconds = experts.len() as f64 * self.shape.expert_bytes as f64 / pace;
         Some(Instant::now() + Duration::try_from_secs_f64(seconds).unwrap_or(PACE_MAX).min(PACE_MAX))
     }
 
     fn reply(&mut self, jobs: Vec<Job>, service: Duration) {
         let service_us = u32::try_from(service.as_micros()).unwrap_or(u32::MAX);
         count(&self.counters.busy_us, u64::from(service_us));
-        let hidden = self.terms.hidden;
+        let hidden = self.shape.hidden;
         let mut first = 0;
         for job in jobs {
             let head = *job.call.head();
