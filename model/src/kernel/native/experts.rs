@@ -1,0 +1,394 @@
+//! All experts of a layer that a process holds, in two parallel phases.
+//!
+//! Assignments are sorted by expert and cut into segments of rows that share weights. Phase one: gate and up of
+//! 32 intermediate values of a segment, SwiGLU, requantization; split over (segment, group). Phase two: down and
+//! combine, split over output blocks, so that no two threads add to the same sum. One expert with one row thus uses
+//! all threads. Price: rows are copied into tiles once per expert that reads them.
+//!
+//! Integer sums make the order irrelevant. Per row the largest addend is tracked; where the number of addends
+//! times that could leave i32, the row is flagged (and zeroed, so that replicas answer the same bytes), and
+//! `run_wide` computes it in i64.
+#![allow(unsafe_code, reason = "threads write disjoint groups and columns")]
+
+use std::sync::Arc;
+
+use super::definition::LANES;
+use super::isa::{Added, GateUp, Terms};
+use super::linear::Columns;
+use super::pool::Pool;
+use super::scalar::{COMBINE_GROUPS, combine_wide};
+use super::tiles::{Span, Tiles, TilesWriter};
+use super::weights::ExpertWeights;
+use super::{Crew, Engine, SEGMENT_ROWS, Space, ThreadSpace, part};
+use crate::activations::Activations;
+use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
+use crate::kernel::{Assignment, KernelError, LayerExperts, PartialSums};
+use crate::packed::PackedExpert;
+
+/// Combine steps beyond 2^-64 or 2^64 are refused: within, the scale is a normal number and subnormal
+/// intermediate values round to zero anyway, so flush-to-zero modes cannot matter.
+const MAX_STEP_LOG2: i8 = 64;
+
+/// Addends per sum in the wide combine: 2^11 of at most 2^52 stay inside i64.
+const MAX_WIDE_ADDENDS: usize = 1 << 11;
+
+/// Cost of reading a group's weights, in rows computed with them: how work is shared out between threads.
+const READ_COST_ROWS: usize = 8;
+
+/// The experts of a layer, loaded.
+#[derive(Debug)]
+pub(super) struct NativeExperts {
+    engine: Arc<Engine>,
+    format: Format,
+    hidden: usize,
+    /// `2^-step_log2`.
+    scale: f32,
+    /// By expert index.
+    experts: Vec<Option<ExpertWeights>>,
+}
+
+/// Rows of one expert that are computed together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Segment {
+    expert: u16,
+    /// Position of its first row in the sorted order.
+    first: usize,
+    /// Its rows among the gathered inputs.
+    x: Span,
+    /// Its rows among the intermediate values.
+    h: Span,
+    /// Cost of the segments before it, and of one of its groups.
+    cost_before: usize,
+    group_cost: usize,
+}
+
+/// A call, sorted: kept in `Space` so that its memory is reused.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// Assignments by expert, then row.
+    order: Vec<u32>,
+    segments: Vec<Segment>,
+    /// Row of the batch and routing weight, in that order.
+    rows: Vec<u32>,
+    weights: Vec<f32>,
+    /// Segment of each position.
+    segment_of: Vec<u32>,
+    /// Addends that each sum of a batch row takes.
+    addends: Vec<u32>,
+    cost: usize,
+}
+
+impl NativeExperts {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        experts: Vec<(u16, PackedExpert)>,
+        step_log2: i8,
+    ) -> Result<NativeExperts, KernelError> {
+        if step_log2.unsigned_abs() > MAX_STEP_LOG2.unsigned_abs() {
+            return Err(KernelError::Weights(format!(
+                "combine step 2^{step_log2} lies outside 2^-{MAX_STEP_LOG2}..2^{MAX_STEP_LOG2}: pack the model again"
+            )));
+        }
+        let (format, hidden) = experts.first().map_or((Format::Q8, 0), |(_, e)| (e.format, e.hidden));
+        let mut held: Vec<Option<ExpertWeights>> = Vec::new();
+        for (index, expert) in experts {
+            if expert.format != format || expert.hidden != hidden || hidden == 0 || expert.inter == 0 {
+                return Err(KernelError::Weights(format!(
+                    "expert {index} is {} x {} in {} beside experts of width {hidden} in {format}",
+                    expert.hidden, expert.inter, expert.format
+                )));
+            }
+            let slot = usize::from(index);
+            if held.len() <= slot {
+                held.resize_with(slot + 1, || None);
+            }
+            if held[slot].replace(ExpertWeights::new(index, expert)?).is_some() {
+                return Err(KernelError::Weights(format!("expert {index} was given twice")));
+            }
+        }
+        let scale = f32::from_bits(((127 - i32::from(step_log2)) as u32) << 23);
+        Ok(NativeExperts { engine, format, hidden, scale, experts: held })
+    }
+
+    fn expert(&self, index: u16) -> Option<&ExpertWeights> {
+        self.experts.get(usize::from(index)).and_then(Option::as_ref)
+    }
+
+    fn check(&self, x: &Activations<'_>, assignments: &[Assignment]) -> Result<(), KernelError> {
+        if !assignments.is_empty() && (x.format() != self.format || x.inputs() != self.hidden) {
+            return Err(KernelError::Call(format!(
+                "experts of width {} in {} were given rows of {} for {}",
+                self.hidden,
+                self.format,
+                x.inputs(),
+                x.format()
+            )));
+        }
+        for a in assignments {
+            if self.expert(a.expert).is_none() {
+                return Err(KernelError::Call(format!("expert {} is not held here", a.expert)));
+            }
+            if a.row as usize >= x.rows() {
+                return Err(KernelError::Call(format!("row {} of a batch of {}", a.row, x.rows())));
+            }
+            if !a.weight.is_finite() {
+                return Err(KernelError::Call(format!(
+                    "row {} has routing weight {} for expert {}",
+                    a.row, a.weight, a.expert
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sorts a checked call into `plan`.
+    fn plan(&self, plan: &mut Plan, batch: usize, assignments: &[Assignment]) {
+        let Plan { order, segments, rows, weights, segment_of, addends, cost } = plan;
+        order.clear();
+        order.extend(0..assignments.len() as u32);
+        order.sort_unstable_by_key(|&i| {
+            let a = &assignments[i as usize];
+            (a.expert, a.row, a.weight.to_bits())
+        });
+        for list in [&mut *rows, &mut *segment_of] {
+            list.clear();
+        }
+        segments.clear();
+        weights.clear();
+        addends.clear();
+        addends.resize(batch, 0);
+        *cost = 0;
+        let hidden_groups = padded_inputs(self.hidden) / GROUP;
+        let (mut x_cell, mut h_cell) = (0, 0);
+        for run in order.chunk_by(|&a, &b| assignments[a as usize].expert == assignments[b as usize].expert) {
+            let expert = assignments[run[0] as usize].expert;
+            let inter_groups = self.expert(expert).map_or(0, ExpertWeights::inter_groups);
+            for piece in run.chunks(SEGMENT_ROWS) {
+                let x = Span { start: x_cell, rows: piece.len(), groups: hidden_groups };
+                let h = Span { start: h_cell, rows: piece.len(), groups: inter_groups };
+                (x_cell, h_cell) = (x.end(), h.end());
+                let group_cost = READ_COST_ROWS + piece.len();
+                segment_of.extend(piece.iter().map(|_| segments.len() as u32));
+                let first = rows.len();
+                segments.push(Segment { expert, first, x, h, cost_before: *cost, group_cost });
+                *cost += inter_groups * group_cost;
+                for &i in piece {
+                    let a = &assignments[i as usize];
+                    rows.push(a.row);
+                    weights.push(a.weight);
+                    addends[a.row as usize] += inter_groups.div_ceil(COMBINE_GROUPS) as u32;
+                }
+            }
+        }
+    }
+
+    /// Copies every row to the tiles of its segments. False for a row that no quantizer made.
+    fn gather(&self, pool: &mut Pool, space: &mut Space, x: &Activations<'_>) -> bool {
+        let plan = &space.plan;
+        let (x_cells, h_cells) = plan.segments.last().map_or((0, 0), |s| (s.x.end(), s.h.end()));
+        space.x.reserve(x_cells, self.format.is_quantized());
+        space.h.reserve(h_cells, self.format.is_quantized());
+        let writer = space.x.writer();
+        super::on_rows(pool, plan.rows.len(), &|at| {
+            let segment = &plan.segments[plan.segment_of[at] as usize];
+            // SAFETY: the storage was reserved above, and each position is copied by one thread.
+            unsafe { writer.copy_row(segment.x, at - segment.first, x, plan.rows[at] as usize) }
+        })
+    }
+
+    /// Gate, up and activation of one group of a segment.
+    fn gate_up_group(&self, segment: &Segment, group: usize, phase: GateUpPhase<'_>) {
+        let GateUpPhase { tiles, writer, slot } = phase;
+        let (table, view) = (self.engine.table, tiles.view(segment.x));
+        let Some(expert) = self.expert(segment.expert) else { return };
+        let [g0, u0, g1, u1] = &mut slot.products;
+        for (half, (gate, up)) in [(&mut *g0, &mut *u0), (&mut *g1, &mut *u1)].into_iter().enumerate() {
+            let (gate_block, up_block) = expert.gate_up(2 * group + half, view.rows);
+            table.product(gate_block, view, &mut gate[..view.rows]);
+            table.product(up_block, view, &mut up[..view.rows]);
+        }
+        let products =
+            GateUp { gate: [&g0[..view.rows], &g1[..view.rows]], up: [&u0[..view.rows], &u1[..view.rows]] };
+        // SAFETY: the storage was reserved in `gather`, and each group of a segment has one thread.
+        table.activate(products, &unsafe { writer.slots(segment.h, group) });
+    }
+
+    /// Phase one, the share of one thread: groups whose cost begins inside it.
+    fn gate_up(&self, plan: &Plan, thread: usize, threads: usize, mut phase: GateUpPhase<'_>) {
+        let share = part(plan.cost, thread, threads);
+        for segment in &plan.segments {
+            let index = |cost: usize| {
+                let groups = cost.saturating_sub(segment.cost_before).div_ceil(segment.group_cost);
+                groups.min(segment.h.groups)
+            };
+            for group in index(share.start)..index(share.end) {
+                self.gate_up_group(segment, group, phase.again());
+            }
+        }
+    }
+
+    /// Phase two, the share of one thread: some output blocks of all segments.
+    fn down(&self, plan: &Plan, tiles: &Tiles, mine: std::ops::Range<usize>, to: DownPhase<'_>) {
+        let DownPhase { slot, sums } = to;
+        slot.row_peaks.clear();
+        slot.row_peaks.resize(plan.addends.len(), 0);
+        for segment in &plan.segments {
+            let Some(expert) = self.expert(segment.expert) else { return };
+            let view = tiles.view(segment.h);
+            let weights = &plan.weights[segment.first..][..view.rows];
+            let rows = &plan.rows[segment.first..][..view.rows];
+            slot.peaks[..view.rows].fill([0; LANES]);
+            for block in mine.clone() {
+                slot.sums[..view.rows].fill([0; LANES]);
+                let terms = Terms { weights, scale: self.scale };
+                let added = Added { sums: &mut slot.sums[..view.rows], peaks: &mut slot.peaks[..view.rows] };
+                self.engine.table.combine(expert.down(block, view.rows), view, terms, added);
+                for (row, addends) in rows.iter().zip(&slot.sums) {
+                    // SAFETY: this thread alone adds to this block of columns; the sums outlive the phase.
+                    let to = unsafe { sums.row(*row as usize, block) };
+                    for (to, addend) in to.iter_mut().zip(addends) {
+                        *to = to.wrapping_add(*addend);
+                    }
+                }
+            }
+            for (row, peaks) in rows.iter().zip(&slot.peaks) {
+                let peak = peaks.iter().fold(0, |peak, p| peak.max(*p));
+                let at = &mut slot.row_peaks[*row as usize];
+                *at = (*at).max(peak);
+            }
+        }
+    }
+
+    /// Flags and zeroes rows whose sums may have left i32.
+    fn flag_overflow(&self, space: &Space, threads: usize, out: &mut PartialSums) {
+        for (row, addends) in space.plan.addends.iter().enumerate() {
+            let peak = space.threads[..threads]
+                .iter()
+                .fold(0, |peak, slot| peak.max(super::lock(slot).row_peaks.get(row).copied().unwrap_or(0)));
+            if may_overflow(peak, *addends) {
+                out.overflowed[row] = true;
+                out.sums[row * self.hidden..(row + 1) * self.hidden].fill(0);
+            }
+        }
+    }
+
+    /// One assignment in i64: `to` is the row's sums.
+    fn add_wide(
+        &self,
+        space: &mut Space,
+        a: &Assignment,
+        x: &Activations<'_>,
+        to: &mut [i64],
+    ) -> Result<(), KernelError> {
+        let Some(expert) = self.expert(a.expert) else { return Ok(()) };
+        self.plan(&mut space.plan, x.rows(), std::slice::from_ref(a));
+        let segment = space.plan.segments[0];
+        space.x.reserve(segment.x.end(), self.format.is_quantized());
+        space.h.reserve(segment.h.end(), self.format.is_quantized());
+        // SAFETY: reserved just above; nobody else has the space.
+        if !unsafe { space.x.writer().copy_row(segment.x, 0, x, a.row as usize) } {
+            return Err(super::forged_row());
+        }
+        let Space { x: tiles, h, threads, plan } = space;
+        let writer = h.writer();
+        let mut slot = super::lock(&threads[0]);
+        self.gate_up(plan, 0, 1, GateUpPhase { tiles, writer, slot: &mut slot });
+        for (block, to) in to.chunks_mut(BLOCK_OUTPUTS).enumerate() {
+            let terms = Terms { weights: &[a.weight], scale: self.scale };
+            if !combine_wide(expert.down(block, 1), h.view(segment.h), terms, to) {
+                return Err(KernelError::Call(format!(
+                    "row {} gives NaN or infinity in expert {}: its numbers exceed f32",
+                    a.row, a.expert
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What phase one of a thread works with.
+struct GateUpPhase<'a> {
+    tiles: &'a Tiles,
+    writer: TilesWriter,
+    slot: &'a mut ThreadSpace,
+}
+
+impl GateUpPhase<'_> {
+    fn again(&mut self) -> GateUpPhase<'_> {
+        GateUpPhase { tiles: self.tiles, writer: self.writer, slot: self.slot }
+    }
+}
+
+/// What phase two of a thread works with.
+struct DownPhase<'a> {
+    slot: &'a mut ThreadSpace,
+    sums: Columns<i32>,
+}
+
+/// Whether `addends` values of magnitude at most `peak` (f32 bits), each rounded, could leave i32.
+fn may_overflow(peak: u32, addends: u32) -> bool {
+    let bound = (f64::from(f32::from_bits(peak)) + 1.0) * f64::from(addends);
+    bound.is_nan() || bound >= f64::from(1u32 << 31)
+}
+
+impl LayerExperts for NativeExperts {
+    fn holds(&self, index: u16) -> bool {
+        self.expert(index).is_some()
+    }
+
+    fn run(
+        &self,
+        x: Activations<'_>,
+        assignments: &[Assignment],
+        out: &mut PartialSums,
+    ) -> Result<(), KernelError> {
+        self.check(&x, assignments)?;
+        out.reset(x.rows(), x.inputs());
+        if assignments.is_empty() {
+            return Ok(());
+        }
+        let mut crew = self.engine.crew();
+        let Crew { pool, space } = &mut *crew;
+        self.plan(&mut space.plan, x.rows(), assignments);
+        if !self.gather(pool, space, &x) {
+            return Err(super::forged_row());
+        }
+        let threads = pool.threads();
+        let writer = space.h.writer();
+        let (plan, tiles, slots) = (&space.plan, &space.x, &space.threads);
+        pool.run(&|thread| {
+            let mut slot = super::lock(&slots[thread]);
+            self.gate_up(plan, thread, threads, GateUpPhase { tiles, writer, slot: &mut slot });
+        });
+        let (tiles, sums) = (&space.h, Columns::new(&mut out.sums, self.hidden));
+        let blocks = padded_outputs(self.hidden) / BLOCK_OUTPUTS;
+        pool.run(&|thread| {
+            let mut slot = super::lock(&slots[thread]);
+            self.down(plan, tiles, part(blocks, thread, threads), DownPhase { slot: &mut slot, sums });
+        });
+        self.flag_overflow(space, threads, out);
+        Ok(())
+    }
+
+    fn run_wide(
+        &self,
+        x: Activations<'_>,
+        assignments: &[Assignment],
+        out: &mut Vec<i64>,
+    ) -> Result<(), KernelError> {
+        self.check(&x, assignments)?;
+        out.clear();
+        out.resize(x.rows() * x.inputs(), 0);
+        let mut crew = self.engine.crew();
+        let space = &mut crew.space;
+        self.plan(&mut space.plan, x.rows(), assignments);
+        if let Some(row) = space.plan.addends.iter().position(|&n| n as usize > MAX_WIDE_ADDENDS) {
+            return Err(KernelError::Call(format!("row {row} has more than {MAX_WIDE_ADDENDS} addends")));
+        }
+        for a in assignments {
+            let row = a.row as usize;
+            self.add_wide(space, a, &x, &mut out[row * self.hidden..(row + 1) * self.hidden])?;
+        }
+        Ok(())
+    }
+}
