@@ -16,7 +16,7 @@ mod writer;
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, read_limited};
 use crate::config::parse::limits::MAX_CONFIG_BYTES;
@@ -65,6 +65,13 @@ pub fn open_or_pack(
     job.run(&home, &target, progress)?;
     open_packed(&target, &source)?
         .ok_or_else(|| PackError(format!("{} vanished after it was packed; start again", target.display())))
+}
+
+/// Every tensor of a checkpoint of this config: what it becomes part of, which part, its name and shape.
+pub fn source_tensors(
+    config: &ModelConfig,
+) -> impl Iterator<Item = (TensorName, usize, (String, Vec<usize>))> + '_ {
+    names::all(config).map(|(name, part, source)| (name, part, (source.name, source.shape)))
 }
 
 fn open_packed(target: &Path, source: &str) -> Result<Option<PackedFiles>, PackError> {
@@ -139,7 +146,7 @@ impl Job<'_> {
 
     /// Every tensor of the files must have a meaning in the config.
     fn refuse_unknown_tensors(&self) -> Result<(), PackError> {
-        let known: HashSet<String> = names::all(self.config).map(|source| source.name).collect();
+        let known: HashSet<String> = names::all(self.config).map(|(_, _, source)| source.name).collect();
         let harmless = |name: &str| {
             // Tables of frequencies that old versions saved, and a copy of the embedding it is tied to.
             name.ends_with(".rotary_emb.inv_freq")
@@ -283,16 +290,6 @@ impl AsRef<[u8]> for Mapped {
     fn as_ref(&self) -> &[u8] {
         &self.0
     }
-}
-
-/// Where the packed form of a directory would lie, for messages and tests.
-#[cfg(test)]
-pub(crate) fn homes(cache: &Path) -> Vec<PathBuf> {
-    let entries =
-        std::fs::read_dir(cache).map(|entries| entries.flatten().map(|entry| entry.path()).collect());
-    let mut homes: Vec<PathBuf> = entries.unwrap_or_default();
-    homes.retain(|path| !path.ends_with("identities"));
-    homes
 }
 
 #[cfg(test)]

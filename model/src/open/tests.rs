@@ -1,7 +1,6 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::pack::{probe, quantize};
 use crate::packed::{expert_tensors, router_tensors};
 
 fn tale() -> PathBuf {

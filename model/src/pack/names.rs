@@ -53,12 +53,14 @@ pub(crate) fn sources(config: &ModelConfig, name: TensorName) -> Vec<Source> {
     }
 }
 
-/// Every tensor a checkpoint of this config has.
-pub(crate) fn all(config: &ModelConfig) -> impl Iterator<Item = Source> + '_ {
+/// Every tensor a checkpoint of this config has, with what it becomes part of and which part it is.
+pub(crate) fn all(config: &ModelConfig) -> impl Iterator<Item = (TensorName, usize, Source)> + '_ {
     let router = packed::router_tensors(config).into_iter();
     let experts = (0..config.layers.len()).flat_map(|layer| packed::expert_tensors(config, layer));
     let tied_head = |name: &TensorName| config.tied_embeddings && *name == TensorName::Head;
-    router.filter(move |name| !tied_head(name)).chain(experts).flat_map(|name| sources(config, name))
+    let parts =
+        |name| sources(config, name).into_iter().enumerate().map(move |(part, source)| (name, part, source));
+    router.filter(move |name| !tied_head(name)).chain(experts).flat_map(parts)
 }
 
 fn block(config: &ModelConfig) -> &'static str {

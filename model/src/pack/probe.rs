@@ -98,6 +98,14 @@ pub fn combined_rms<B: AsRef<[u8]>>(
     Ok(libm::sqrt(squares / (ROWS * hidden) as f64) as f32)
 }
 
+/// Root mean square over rows of the length of a row's routing weights: what the combined output of independent
+/// experts of size 1 measures.
+pub fn weight_norm(config: &ModelConfig, layer: LayerView<'_>) -> f32 {
+    let weights = (0..ROWS).flat_map(|row| route(config, &noise(layer, row), layer.gate));
+    let squares: f32 = weights.map(|(_, weight)| weight * weight).sum();
+    libm::sqrtf(squares / ROWS as f32)
+}
+
 /// Noise close to gaussian (a sum of twelve uniforms) times the norm weight.
 fn noise(layer: LayerView<'_>, row: usize) -> Vec<f32> {
     let mut state =

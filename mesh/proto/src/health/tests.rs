@@ -49,6 +49,10 @@ fn before_history_the_measured_bandwidth_counts() {
     assert_eq!(trust.budget(4 * 512, &speed), 24000 * MS, "beyond the measured rows time grows with them");
     let absurd = Speed { weight_mb_s: [1; 5], expert_bytes: u64::MAX, per_layer: u32::MAX };
     assert_eq!(trust.budget(u32::MAX, &absurd), BUDGET_MAX);
+    let mut trust = trust;
+    trust.missed(Duration::ZERO);
+    trust.missed(Duration::ZERO);
+    assert_eq!(trust.budget(u32::MAX, &absurd), BUDGET_MAX, "patience included");
 }
 
 #[test]

@@ -1,0 +1,145 @@
+//! The queue in front of the worker, which hands out together what can be computed together.
+//!
+//! Calls of one layer read the same weights, so those that wait at the same time go through the kernel in one
+//! entry: the weights come from memory once. Results do not change by it, since kernels give the same bits for any
+//! batch. Nothing ever waits for company. The price: calls of one batch finish together, so a batch is limited to
+//! `BATCH_ROWS_MAX`. Refuses more than `QUEUE_CALLS_MAX` calls: the router then computes them itself.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use mesh_wire::buffer::Buffer;
+use mesh_wire::call::Call;
+use mesh_wire::control::CallRefused;
+
+/// Calls that may wait. A router has one step out at a time, which is a few row chunks per node; more is a router
+/// that gave up on earlier calls, and then the newest are as late as the oldest.
+pub const QUEUE_CALLS_MAX: usize = 64;
+
+/// Rows of one batch, unless a single call has more. Kernels gain nothing beyond: at 256 rows they compute on
+/// weights in the cache, and the first call of the batch would only wait longer.
+pub const BATCH_ROWS_MAX: u32 = 256;
+
+/// Where the answer to a call goes.
+pub trait Answer: Send {
+    /// Whether nobody waits any more.
+    fn is_cancelled(&self) -> bool;
+
+    /// Sends the reply frame, or why there is none.
+    fn send(self: Box<Self>, answer: Result<Buffer, CallRefused>);
+}
+
+/// A call that waits.
+pub struct Job {
+    /// What to compute.
+    pub call: Call,
+    /// When it came; its budget counts from here.
+    pub received: Instant,
+    /// Who wants to know.
+    pub answer: Box<dyn Answer>,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Job").field("call", self.call.head()).field("received", &self.received).finish()
+    }
+}
+
+impl Job {
+    /// Whether both may be one entry into the kernel.
+    fn joins(&self, other: &Job) -> bool {
+        let (a, b) = (self.call.head(), other.call.head());
+        (a.epoch, a.layer, a.format, a.hidden) == (b.epoch, b.layer, b.format, b.hidden)
+    }
+}
+
+/// Why a call was not queued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejected {
+    /// `QUEUE_CALLS_MAX` calls wait already.
+    Full,
+    /// The node is stopping.
+    Closed,
+}
+
+/// First in, first out, but for calls that join an earlier one.
+#[derive(Debug, Default)]
+pub struct Queue {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    closed: bool,
+}
+
+impl Queue {
+    /// Adds a call, without waiting. A call that is not taken is handed back.
+    ///
+    /// # Errors
+    /// `Rejected`, with the call.
+    pub fn push(&self, job: Job) -> Result<(), (Job, Rejected)> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err((job, Rejected::Closed));
+        }
+        if state.jobs.len() >= QUEUE_CALLS_MAX {
+            return Err((job, Rejected::Full));
+        }
+        state.jobs.push_back(job);
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Calls that wait.
+    pub fn len(&self) -> usize {
+        self.lock().jobs.len()
+    }
+
+    /// Whether no call waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Waits for a call and takes it with all that join it, in order of arrival; `None` once the queue is closed.
+    pub fn next(&self) -> Option<Vec<Job>> {
+        let state = self.lock();
+        let waiting = |state: &mut State| state.jobs.is_empty() && !state.closed;
+        let mut state = self.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
+        let first = if state.closed { None } else { state.jobs.pop_front() }?;
+        let mut rows = first.call.head().rows;
+        let mut batch = vec![first];
+        let mut index = 0;
+        while let Some(job) = state.jobs.get(index) {
+            let more = rows.saturating_add(job.call.head().rows);
+            if more <= BATCH_ROWS_MAX && batch[0].joins(job) {
+                rows = more;
+                batch.extend(state.jobs.remove(index));
+            } else {
+                index += 1;
+            }
+        }
+        Some(batch)
+    }
+
+    /// Ends `next`, refuses further calls, and hands back those that wait.
+    pub fn close(&self) -> Vec<Job> {
+        let mut state = self.lock();
+        state.closed = true;
+        let jobs = std::mem::take(&mut state.jobs);
+        drop(state);
+        self.changed.notify_all();
+        jobs.into()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

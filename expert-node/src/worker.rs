@@ -1,0 +1,270 @@
+//! The one thread that computes: takes calls from the queue, runs the kernel, writes replies.
+//!
+//! One thread, because the kernels have a pool of their own and streaming weights is limited by memory: two calls
+//! at once would only finish together. A call goes in as the bytes the network delivered and comes out as a frame
+//! ready to send; what is allocated on the way is kept for the next one. Everything a call can get wrong is refused
+//! with a reason, and so is a panic of a kernel: the process goes on, the router computes the call itself.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use mesh_wire::buffer::Pool;
+use mesh_wire::control::{CallRefused, Refusal};
+use mesh_wire::payload::RowFormat;
+use mesh_wire::reply::{ReplyHead, encode_sums};
+use model::activations::{Activations, row_bytes};
+use model::kernel::{Assignment, LayerExperts, PartialSums};
+use model::region::Buffer;
+
+use crate::batch::{Job, Queue};
+use crate::shard::{Missing, Shape, Shard};
+
+/// Counts since the process started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Calls answered with sums.
+    pub calls: AtomicU64,
+    /// Rows of those.
+    pub rows: AtomicU64,
+    /// Microseconds in kernels, the pace included.
+    pub busy_us: AtomicU64,
+    /// Calls refused.
+    pub refused: AtomicU64,
+    /// Calls dropped because nobody waited any more.
+    pub cancelled: AtomicU64,
+    /// Panics of kernels.
+    pub panics: AtomicU64,
+}
+
+fn count(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+/// The worker and what it keeps between calls.
+#[derive(Debug)]
+pub struct Worker {
+    queue: Arc<Queue>,
+    shard: Arc<Shard>,
+    counters: Arc<Counters>,
+    shape: Shape,
+    /// Floor under the time of a kernel entry, in bytes of weights per second; for studies.
+    pace_bytes_s: Option<f64>,
+    /// Replies are written into buffers of this.
+    pool: Pool,
+    /// Rows of a batch of several calls, one after the other.
+    rows: Buffer,
+    assignments: Vec<Assignment>,
+    sums: PartialSums,
+}
+
+/// A call that cannot be computed.
+type Refused = (Refusal, String);
+
+impl Worker {
+    /// A worker that has yet to `run`. Replies are written into buffers of `pool`.
+    pub fn new(queue: Arc<Queue>, shard: Arc<Shard>, pool: Pool) -> Worker {
+        Worker {
+            shape: shard.shape(),
+            queue,
+            shard,
+            counters: Arc::default(),
+            pace_bytes_s: None,
+            pool,
+            rows: Buffer::zeroed(0),
+            assignments: Vec::new(),
+            sums: PartialSums::default(),
+        }
+    }
+
+    /// Makes every kernel entry take at least as long as a machine would that streams so many bytes of weights per
+    /// second: for studies of weaker machines.
+    #[must_use]
+    pub fn paced(mut self, bytes_s: Option<f64>) -> Worker {
+        self.pace_bytes_s = bytes_s.filter(|pace| *pace > 0.0);
+        self
+    }
+
+    /// What it did so far.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Computes until the queue is closed.
+    pub fn run(mut self) {
+        while let Some(batch) = self.queue.next() {
+            self.compute(batch);
+        }
+    }
+
+    /// Answers every call of a batch.
+    pub fn compute(&mut self, batch: Vec<Job>) {
+        let mut ready = Vec::with_capacity(batch.len());
+        let mut layer = None;
+        for job in batch {
+            if job.answer.is_cancelled() {
+                count(&self.counters.cancelled, 1);
+                continue;
+            }
+            match self.admit(&job) {
+                Ok(experts) => {
+                    layer = Some(experts);
+                    ready.push(job);
+                }
+                Err((refusal, detail)) => self.refuse(job, refusal, detail),
+            }
+        }
+        let Some(layer) = layer else { return };
+        let started = Instant::now();
+        match self.run_kernel(&*layer, &ready) {
+            Ok(()) => self.reply(ready, started.elapsed()),
+            Err((refusal, detail)) => {
+                tracing::error!(calls = ready.len(), "{detail}");
+                ready.into_iter().for_each(|job| self.refuse(job, refusal, detail.clone()));
+            }
+        }
+    }
+
+    /// The experts for a call, or why it is not computed.
+    fn admit(&self, job: &Job) -> Result<Arc<dyn LayerExperts>, Refused> {
+        let head = job.call.head();
+        if job.received.elapsed() >= Duration::from_micros(u64::from(head.budget_us)) {
+            return Err((
+                Refusal::Expired,
+                format!("its {} us were over before it could start", head.budget_us),
+            ));
+        }
+        let quantized = head.format == RowFormat::Int8;
+        let Shape { format, hidden, .. } = self.shape;
+        if head.hidden as usize != hidden || quantized != format.is_quantized() {
+            let wanted =
+                format!("rows are {:?} of {}, this {format} model has {hidden}", head.format, head.hidden);
+            return Err((Refusal::Malformed, wanted));
+        }
+        let experts = job.call.view().assignments().iter().map(|assignment| assignment.expert);
+        self.shard.layer(head.epoch, head.layer, experts).map_err(|missing| match missing {
+            Missing::Epoch { .. } => (Refusal::UnknownEpoch, missing.to_string()),
+            Missing::Layer(_) | Missing::Expert(_) => (Refusal::UnknownExpert, missing.to_string()),
+        })
+    }
+
+    /// One entry into the kernel for all calls; the sums of their rows follow each other.
+    fn run_kernel(&mut self, layer: &dyn LayerExperts, jobs: &[Job]) -> Result<(), Refused> {
+        let Shape { format, hidden, .. } = self.shape;
+        let deadline = self.pace(jobs);
+        self.assignments.clear();
+        let mut rows = 0;
+        for job in jobs {
+            let call = job.call.view().assignments().iter();
+            self.assignments.extend(call.map(|from| Assignment {
+                row: rows + from.row,
+                expert: from.expert,
+                weight: from.weight,
+            }));
+            rows += job.call.head().rows;
+        }
+        let bytes = match jobs {
+            [job] => job.call.view().payload(),
+            jobs => gather(&mut self.rows, jobs),
+        };
+        let Some(x) = Activations::new(format, rows as usize, hidden, bytes) else {
+            let wanted = row_bytes(format, hidden);
+            let detail = format!("{} bytes are not {rows} rows of {wanted} bytes", bytes.len());
+            return Err((Refusal::Malformed, detail));
+        };
+        let (assignments, sums) = (&self.assignments, &mut self.sums);
+        let outcome = catch_unwind(AssertUnwindSafe(|| layer.run(x, assignments, sums)));
+        let outcome = outcome.unwrap_or_else(|panic| {
+            count(&self.counters.panics, 1);
+            // Whatever state it was left in.
+            self.sums = PartialSums::default();
+            Err(model::kernel::KernelError::Backend { backend: "kernel", reason: panic_text(&*panic) })
+        });
+        outcome.map_err(|error| (Refusal::Failed, error.to_string()))?;
+        wait_until(deadline);
+        Ok(())
+    }
+
+    /// When the kernel entry may end at the earliest: every expert it uses is read once.
+    fn pace(&self, jobs: &[Job]) -> Option<Instant> {
+        let pace = self.pace_bytes_s?;
+        let calls = jobs.iter().flat_map(|job| job.call.view().assignments());
+        let experts: std::collections::BTreeSet<_> = calls.map(|assignment| assignment.expert).collect();
+        let seconds = experts.len() as f64 * self.shape.expert_bytes as f64 / pace;
+        Some(Instant::now() + Duration::try_from_secs_f64(seconds).unwrap_or(PACE_MAX).min(PACE_MAX))
+    }
+
+    fn reply(&mut self, jobs: Vec<Job>, service: Duration) {
+        let service_us = u32::try_from(service.as_micros()).unwrap_or(u32::MAX);
+        count(&self.counters.busy_us, u64::from(service_us));
+        let hidden = self.shape.hidden;
+        let mut first = 0;
+        for job in jobs {
+            let head = *job.call.head();
+            let rows = first..first + head.rows as usize;
+            first = rows.end;
+            let sums: Vec<_> = rows
+                .map(|row| {
+                    let overflowed = self.sums.overflowed.get(row).copied().unwrap_or(true);
+                    self.sums.sums.get(row * hidden..(row + 1) * hidden).filter(|_| !overflowed)
+                })
+                .collect();
+            let reply = ReplyHead { call: head.call, service_us, hidden: head.hidden };
+            match encode_sums(&self.pool, reply, &sums) {
+                Ok(frame) => {
+                    count(&self.counters.calls, 1);
+                    count(&self.counters.rows, u64::from(head.rows));
+                    job.answer.send(Ok(frame));
+                }
+                Err(error) => self.refuse(job, Refusal::Busy, error.to_string()),
+            }
+        }
+    }
+
+    fn refuse(&self, job: Job, refusal: Refusal, detail: String) {
+        count(&self.counters.refused, 1);
+        refuse(job, refusal, detail);
+    }
+}
+
+/// Longest pause of the pace: a typing error in `--pace-gb-s` must not stop the node for good.
+const PACE_MAX: Duration = Duration::from_secs(10);
+
+/// Answers a call without computing it.
+pub fn refuse(job: Job, refusal: Refusal, detail: String) {
+    let call = job.call.head().call;
+    job.answer.send(Err(CallRefused { call, refusal, detail }));
+}
+
+/// The rows of all calls, one after the other, in `scratch`.
+fn gather<'a>(scratch: &'a mut Buffer, jobs: &[Job]) -> &'a [u8] {
+    let bytes = jobs.iter().map(|job| job.call.view().payload().len()).sum();
+    if scratch.len() < bytes {
+        *scratch = Buffer::zeroed(bytes);
+    }
+    let mut at = 0;
+    for job in jobs {
+        let rows = job.call.view().payload();
+        scratch[at..at + rows.len()].copy_from_slice(rows);
+        at += rows.len();
+    }
+    &scratch[..bytes]
+}
+
+fn wait_until(deadline: Option<Instant>) {
+    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    while let Some(left) = left().filter(|left| !left.is_zero()) {
+        std::thread::park_timeout(left);
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("no message"))
+}
+
+#[cfg(test)]
+mod tests;
