@@ -5,6 +5,8 @@
 //! something it can run; after that, one call computes one product for any number of rows, or all the experts
 //! of one layer that a process holds (one call per (node, layer), never one operator per expert).
 
+pub mod bench;
+
 pub mod native;
 
 use std::fmt::Debug;
