@@ -6,8 +6,11 @@
 //! of one layer that a process holds (one call per (node, layer), never one operator per expert).
 
 pub mod bench;
-
+#[cfg(feature = "torch")]
+pub mod libtorch;
 pub mod native;
+
+mod call;
 
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -300,8 +300,12 @@ pub fn autotable(
         } else {
             runner.set_rows(rows)?;
             runner.step()?;
-            let share = left / (2 * (ROWS.len() - index)) as f64;
-            runner.sample(Duration::from_secs_f64(share))?
+            let share = Duration::from_secs_f64(left / (2 * (ROWS.len() - index)) as f64);
+            let (begin, mut steps) = (Instant::now(), Vec::new());
+            while steps.is_empty() || begin.elapsed() < share {
+                steps.push(runner.step()?.as_secs_f64());
+            }
+            median(&mut steps)
         };
         per_row = seconds / rows as f64;
         table[index] = RowSpeed { rows, weight_gb_s: bytes / seconds / 1e9 };

@@ -29,7 +29,7 @@ mod pool;
 mod scalar;
 pub mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tiles;
 mod weights;
 
