@@ -6,7 +6,7 @@
 //! (`definition`), integer sums over experts. Files: `definition` (the bits), `isa` (the table and its choice),
 //! `scalar`, `avx2`, `avx512` (products), `elementwise` (the rest, compiled per instruction set), `tiles` (rows),
 //! `weights` (checked bytes), `linear` and `experts` (drivers), `pool` (threads), `ops` (row operations for the
-//! forward pass).
+//! forward pass), `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -28,8 +28,9 @@ mod linear;
 pub mod ops;
 mod pool;
 mod scalar;
+pub mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tiles;
 mod weights;
 
