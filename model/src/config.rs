@@ -232,7 +232,8 @@ impl ModelConfig {
                 Ffn::Moe => {
                     bytes.router += (self.moe.experts * self.hidden * size_of::<f32>()) as u64;
                     bytes.router += self.moe.shared_inter.map_or(0, block);
-                    bytes.experts += self.moe.top_k as u64 * format.expert_bytes(self.hidden, self.moe.inter) as u64;
+                    bytes.experts +=
+                        self.moe.top_k as u64 * format.expert_bytes(self.hidden, self.moe.inter) as u64;
                 }
             }
         }

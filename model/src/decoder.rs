@@ -21,8 +21,8 @@ use crate::config::{Ffn, ModelConfig, QkNorm};
 use crate::kernel::native::Native;
 use crate::kernel::native::attend::{Attend, Run};
 use crate::kernel::native::definition;
+use crate::kernel::native::kv::{KvCache, Slot};
 use crate::kernel::{KernelError, Kernels, Linear};
-use crate::kv::{KvCache, Slot};
 use crate::open::{Model, OpenError};
 use crate::packed::TensorName;
 use crate::region::Bytes;
@@ -108,7 +108,9 @@ impl Decoder {
         let routing = config.moe.routing;
         let plain = !routing.router_bias && !routing.selection_bias && routing.groups.is_none();
         if !plain || routing.weight_on != crate::config::WeightOn::Output {
-            return Err(LoadError::Unsupported(format!("routing {routing:?} is not computed by this version")));
+            return Err(LoadError::Unsupported(format!(
+                "routing {routing:?} is not computed by this version"
+            )));
         }
         let linear = |name| -> Result<Box<dyn Linear>, LoadError> {
             let mut matrix = model.matrix(name)?;
@@ -183,8 +185,11 @@ impl Decoder {
     /// `work.input` are the rows as experts take them and `work.assignments` who gets them, rows ascending.
     pub fn route(&self, layer: usize, work: &mut Workspace) -> Result<(), DecodeError> {
         let weights = &self.layers[layer];
-        self.normalise(&weights.ffn_norm, work)
-            .map_err(|row| DecodeError::NotFinite { layer, stage: "the input of the experts", row })?;
+        self.normalise(&weights.ffn_norm, work).map_err(|row| DecodeError::NotFinite {
+            layer,
+            stage: "the input of the experts",
+            row,
+        })?;
         work.assignments.clear();
         if weights.gate.is_empty() {
             return Ok(());
@@ -240,7 +245,12 @@ impl Decoder {
     }
 
     /// Logits of the given rows: `[rows.len(), vocab]`, replacing what `out` held.
-    pub fn logits(&self, rows: &[usize], work: &mut Workspace, out: &mut Vec<f32>) -> Result<(), DecodeError> {
+    pub fn logits(
+        &self,
+        rows: &[usize],
+        work: &mut Workspace,
+        out: &mut Vec<f32>,
+    ) -> Result<(), DecodeError> {
         let (hidden, layer) = (self.config.hidden, self.config.layers.len());
         work.normed.resize(rows.len() * hidden, 0.0);
         for (row, normed) in rows.iter().zip(work.normed.chunks_exact_mut(hidden)) {
@@ -248,12 +258,15 @@ impl Decoder {
             self.native.ops().rms_norm(x, &self.final_norm, self.config.norm_eps, normed);
         }
         let stage = "the input of the head";
-        work.input
-            .fill(self.native.ops(), &work.normed, hidden)
-            .map_err(|index| DecodeError::NotFinite { layer, stage, row: rows[index] })?;
+        work.input.fill(self.native.ops(), &work.normed, hidden).map_err(|index| DecodeError::NotFinite {
+            layer,
+            stage,
+            row: rows[index],
+        })?;
         out.resize(rows.len() * self.config.vocab, 0.0);
         self.head.apply(work.input.view(), out)?;
-        let bad = out.chunks_exact(self.config.vocab).position(|logits| !logits.iter().all(|l| l.is_finite()));
+        let bad =
+            out.chunks_exact(self.config.vocab).position(|logits| !logits.iter().all(|l| l.is_finite()));
         match bad {
             Some(index) => Err(DecodeError::NotFinite { layer, stage: "logits", row: rows[index] }),
             None => Ok(()),
@@ -309,16 +322,13 @@ impl Decoder {
         }
     }
 
-    fn store_kv(&self, layer: usize, runs: &[Run<'_>], kv: &mut KvCache, work: &mut Workspace) {
-        let (q_width, kv_width) = (self.config.q_width(), self.config.kv_width());
-        let stride = q_width + 2 * kv_width;
-        work.narrow.resize(2 * kv_width, 0);
+    fn store_kv(&self, layer: usize, runs: &[Run<'_>], kv: &mut KvCache, work: &Workspace) {
+        let q_width = self.config.q_width();
+        let stride = q_width + 2 * self.config.kv_width();
         for run in runs {
             for index in 0..run.len {
                 let row = &work.qkv[(run.first_row + index) * stride..][q_width..stride];
-                self.native.ops().narrow_f16(row, &mut work.narrow);
-                let (key, value) = work.narrow.split_at(kv_width);
-                kv.store(layer, Slot::of(run.position + index, run.table), key, value);
+                kv.store(layer, Slot::of(run.position + index, run.table), row, self.native.ops());
             }
         }
     }
@@ -345,7 +355,11 @@ impl Layer {
                 inter,
                 gate_up: linear(TensorName::LocalGateUp(l))?,
                 down: linear(TensorName::LocalDown(l))?,
-                gate: if moe && config.moe.shared_gated { Some(model.vector(TensorName::SharedGate(l))?) } else { None },
+                gate: if moe && config.moe.shared_gated {
+                    Some(model.vector(TensorName::SharedGate(l))?)
+                } else {
+                    None
+                },
             }),
         };
         Ok(Layer {

@@ -12,8 +12,6 @@ pub mod home;
 
 pub mod decoder;
 
-pub mod kv;
-
 pub mod open;
 
 pub mod synthetic;

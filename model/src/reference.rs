@@ -9,9 +9,9 @@ use crate::decoder::workspace::Workspace;
 use crate::decoder::{DecodeError, Decoder, LoadError};
 use crate::home::{Home, HomeError, Residency};
 use crate::kernel::Kernels;
-use crate::kernel::native::attend::Run;
 use crate::kernel::native::Native;
-use crate::kv::{KV_BLOCK, KvCache};
+use crate::kernel::native::attend::Run;
+use crate::kernel::native::kv::{KV_BLOCK, KvCache};
 use crate::open::Model;
 
 /// Why a step failed.
@@ -66,7 +66,7 @@ impl Reference {
         let decoder = Decoder::load(&model, &*kernels, native)?;
         let blocks = capacity.div_ceil(KV_BLOCK);
         Ok(Reference {
-            kv: KvCache::new(&model.config, blocks),
+            kv: KvCache::new(&model.config, model.format, blocks),
             table: (0..blocks as u32).collect(),
             position: 0,
             work: Workspace::new(model.format),
@@ -84,7 +84,8 @@ impl Reference {
 
     /// Loads every expert now instead of on first use, so that a measurement does not contain loading.
     pub fn preload(&mut self) -> Result<(), HomeError> {
-        let (layers, experts) = (self.decoder.config().moe_layers().collect::<Vec<_>>(), self.decoder.config().moe.experts);
+        let (layers, experts) =
+            (self.decoder.config().moe_layers().collect::<Vec<_>>(), self.decoder.config().moe.experts);
         layers.into_iter().try_for_each(|layer| self.home.load(layer, 0..experts as u16))
     }
 

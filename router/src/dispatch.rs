@@ -11,9 +11,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_net::hub::{Hub, Lane, PendingCall};
+use mesh_net::hub::{Hub, Lane};
+use mesh_net::pending::{CallError, PendingCall};
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::call::{Assignment as WireAssignment, CallDraft, CallHead};
+use mesh_wire::frame::BUDGET_US_MAX;
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::Row;
 use model::decoder::workspace::Workspace;
@@ -21,7 +23,8 @@ use model::format::Format;
 use model::home::{Home, HomeError};
 use model::kernel::Assignment;
 
-use crate::forward::{StepCost, lap};
+use crate::cost::{StepCost, lap};
+use crate::metrics::{Metrics, NodeCall};
 
 /// Rows up to which a call takes the decode lane: a prefill reply of megabytes must never be before a decode
 /// reply in a stream, and 16 rows of a model 2048 wide are 64 KB, half a millisecond on a gigabit link.
@@ -34,6 +37,9 @@ pub struct Dispatch {
     format: Format,
     routes: Arc<Routes>,
     step: u64,
+    calls: u64,
+    metrics: Option<Arc<Metrics>>,
+    names: Vec<String>,
     home: Vec<Assignment>,
     batches: Vec<Batch>,
     out: Vec<Outstanding>,
@@ -51,6 +57,9 @@ struct Batch {
 
 #[derive(Debug)]
 struct Outstanding {
+    node: NodeIndex,
+    sent: Instant,
+    sent_bytes: u64,
     pending: Option<PendingCall>,
     rows: Vec<u32>,
     assignments: Vec<Assignment>,
@@ -60,7 +69,24 @@ impl Dispatch {
     /// A dispatcher over `hub`; without one everything is the router's own.
     pub fn new(hub: Option<Arc<Hub>>, format: Format) -> Dispatch {
         let routes = Arc::new(Routes { epoch: 0, nodes: Vec::new() });
-        Dispatch { hub, format, routes, step: 0, home: Vec::new(), batches: Vec::new(), out: Vec::new() }
+        Dispatch {
+            hub,
+            format,
+            routes,
+            step: 0,
+            calls: 0,
+            metrics: None,
+            names: Vec::new(),
+            home: Vec::new(),
+            batches: Vec::new(),
+            out: Vec::new(),
+        }
+    }
+
+    /// Counts calls in `metrics`, by the nodes' names.
+    pub fn count_in(&mut self, metrics: Arc<Metrics>) {
+        self.names = self.hub.iter().flat_map(|hub| hub.nodes()).map(|node| node.name).collect();
+        self.metrics = Some(metrics);
     }
 
     /// Counts a step.
@@ -87,8 +113,11 @@ impl Dispatch {
         // The largest batch first: it takes longest, at equal nodes.
         self.batches.sort_by_key(|batch| std::cmp::Reverse(batch.assignments.len()));
         for batch in std::mem::take(&mut self.batches) {
+            let (sent, before) = (Instant::now(), cost.bytes_out);
             let pending = self.call(&hub, layer as u16, &batch, work, cost);
-            self.out.push(Outstanding { pending, rows: batch.rows, assignments: batch.assignments });
+            let Batch { node, rows, assignments } = batch;
+            let sent_bytes = cost.bytes_out - before;
+            self.out.push(Outstanding { node, sent, sent_bytes, pending, rows, assignments });
         }
     }
 
@@ -103,7 +132,8 @@ impl Dispatch {
             };
             // The last batch of a node is the open one; rows come in ascending order.
             let open = self.batches.iter_mut().rev().find(|batch| batch.node == node);
-            let fits = |batch: &Batch| batch.rows.last() == Some(&assignment.row) || batch.rows.len() < rows_max;
+            let fits =
+                |batch: &Batch| batch.rows.last() == Some(&assignment.row) || batch.rows.len() < rows_max;
             let batch = match open.filter(|batch| fits(batch)) {
                 Some(batch) => batch,
                 None => {
@@ -121,7 +151,7 @@ impl Dispatch {
 
     /// Builds and sends one call; `None` if it cannot be sent.
     fn call(
-        &self,
+        &mut self,
         hub: &Hub,
         layer: u16,
         batch: &Batch,
@@ -139,11 +169,13 @@ impl Dispatch {
                 WireAssignment::new(local as u32, assignment.expert, assignment.weight)
             })
             .collect();
+        self.calls += 1;
+        let budget = hub.budget(batch.node, assignments.len() as u32);
         let head = CallHead {
-            call: hub.next_call(),
+            call: self.calls,
             step: self.step,
             epoch: self.routes.epoch,
-            budget_us: hub.budget_us(batch.node, assignments.len() as u32),
+            budget_us: budget.as_micros().min(u128::from(BUDGET_US_MAX)) as u32,
             layer,
             format: row_format(self.format),
             hidden: hidden(work) as u32,
@@ -184,12 +216,17 @@ impl Dispatch {
             match reply {
                 Some(Ok(reply)) => {
                     cost.bytes_in += reply.frame_bytes() as u64;
+                    self.count(&call, Ok(reply.frame_bytes() as u64));
                     let mut overflowed = Vec::new();
                     for (row, sent) in reply.view().rows().zip(&call.rows) {
                         let sums = &mut sums[*sent as usize * hidden..][..hidden];
                         match row {
-                            Row::I16(part) => sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p)),
-                            Row::I32(part) => sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p)),
+                            Row::I16(part) => {
+                                sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p))
+                            }
+                            Row::I32(part) => {
+                                sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p))
+                            }
                             Row::Overflow => overflowed.push(*sent),
                         }
                     }
@@ -198,6 +235,7 @@ impl Dispatch {
                 failed => {
                     cost.fallbacks += 1;
                     if let Some(Err(error)) = failed {
+                        self.count(&call, Err(&error));
                         tracing::info!(%error, layer, "a node did not answer; its experts are computed here");
                     }
                 }
@@ -206,6 +244,34 @@ impl Dispatch {
             lap(&mut clock, &mut cost.combine);
         }
         Ok(())
+    }
+}
+
+impl Dispatch {
+    fn count(&self, call: &Outstanding, outcome: Result<u64, &CallError>) {
+        let (Some(metrics), Some(name)) = (&self.metrics, self.names.get(usize::from(call.node))) else {
+            return;
+        };
+        match outcome {
+            Ok(received_bytes) => {
+                let (sent_bytes, duration) = (call.sent_bytes, call.sent.elapsed());
+                metrics.node_call(
+                    name,
+                    NodeCall { rows: call.rows.len(), sent_bytes, received_bytes, duration },
+                );
+            }
+            Err(error) => {
+                let reason = match error {
+                    CallError::Gone => "gone",
+                    CallError::Late => "late",
+                    CallError::Refused { .. } => "refused",
+                    CallError::Rejected { .. } => "rejected",
+                    CallError::Full => "full",
+                };
+                metrics.node_failed(name, reason);
+                metrics.fallback(call.rows.len());
+            }
+        }
     }
 }
 

@@ -11,11 +11,13 @@ use std::time::{Duration, Instant};
 
 use model::decoder::DecodeError;
 use model::kernel::native::attend::Run;
-use model::kv::KV_BLOCK;
+use model::kernel::native::kv::KV_BLOCK;
 use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio::sync::oneshot;
 
-use crate::forward::{Forward, ForwardError, StepCost};
+use crate::cost::StepCost;
+use crate::forward::{Forward, ForwardError};
+use crate::metrics::{Load, Metrics};
 use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Timing, TokenLogprobs};
 use crate::sampler::{self, Sampler, Scratch};
 use crate::scheduler::{Limits, LimitsError, NewSequence, Occupancy, Scheduler, SequenceId, Slice, StepPlan};
@@ -86,6 +88,8 @@ pub struct Engine {
     draining: Option<oneshot::Sender<()>>,
     status: EngineStatus,
     view: StatusView,
+    metrics: Option<Arc<Metrics>>,
+    block_bytes: u64,
     scratch: Scratch,
     tokens: Vec<u32>,
     logits: Vec<f32>,
@@ -127,6 +131,8 @@ impl Engine {
             sequences: config.sequences,
         })?;
         Ok(Engine {
+            block_bytes: forward.kv_block_bytes(),
+            metrics: None,
             forward,
             scheduler,
             commands,
@@ -139,6 +145,13 @@ impl Engine {
             tokens: Vec::new(),
             logits: Vec::new(),
         })
+    }
+
+    /// Counts what it does in `metrics`, too.
+    pub fn counting(mut self, metrics: Arc<Metrics>) -> Engine {
+        self.forward.count_in(Arc::clone(&metrics));
+        self.metrics = Some(metrics);
+        self
     }
 
     /// The counters, readable from other threads.
@@ -243,6 +256,9 @@ impl Engine {
     fn note_plan(&mut self, plan: &StepPlan, planning: Instant) {
         self.status.plan_time += planning.elapsed();
         self.status.preemptions += plan.preempted.len() as u64;
+        if let Some(metrics) = &self.metrics {
+            plan.preempted.iter().for_each(|_| metrics.preempted());
+        }
         for id in &plan.preempted {
             if let Some(live) = self.sequences.get_mut(id) {
                 live.timing.preemptions += 1;
@@ -318,6 +334,10 @@ impl Engine {
         }
         status.sample_time += sample;
         status.cost.add(cost);
+        if let Some(metrics) = &self.metrics {
+            let generated = plan.slices.iter().filter(|slice| slice.samples).count();
+            metrics.step(plan.rows(), plan.rows() - decode_rows, generated);
+        }
     }
 
     /// Ends the requests that made a step fail.
@@ -345,6 +365,15 @@ impl Engine {
         self.status.occupancy = self.scheduler.occupancy();
         self.status.home_bytes = self.forward.home_bytes();
         self.view.write(self.status);
+        if let Some(metrics) = &self.metrics {
+            let occupancy = self.status.occupancy;
+            metrics.load(Load {
+                running: occupancy.running,
+                waiting: occupancy.waiting,
+                kv_used_bytes: occupancy.blocks_used as u64 * self.block_bytes,
+                kv_capacity_bytes: occupancy.blocks as u64 * self.block_bytes,
+            });
+        }
     }
 }
 
@@ -391,7 +420,8 @@ impl Live {
     }
 
     fn choose(&mut self, logits: &[f32], scratch: &mut Scratch) -> Option<End> {
-        let failed = |error: sampler::SampleError| Some(End::Failed(GenerateError::Numeric(error.to_string())));
+        let failed =
+            |error: sampler::SampleError| Some(End::Failed(GenerateError::Numeric(error.to_string())));
         if let Some(digest) = &mut self.digest {
             logits.iter().for_each(|logit| {
                 digest.update(&logit.to_le_bytes());

@@ -6,19 +6,22 @@
 //! whose node fails is computed here instead, and the step goes on with the same bits.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_net::hub::Hub;
 use model::decoder::workspace::Workspace;
 use model::decoder::{DecodeError, Decoder, LoadError};
+use model::format::Format;
 use model::home::{Home, HomeError, Residency};
 use model::kernel::Kernels;
-use model::kernel::native::attend::Run;
 use model::kernel::native::Native;
-use model::kv::KvCache;
+use model::kernel::native::attend::Run;
+use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
+use crate::cost::{StepCost, lap};
 use crate::dispatch::Dispatch;
+use crate::metrics::Metrics;
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,60 +34,10 @@ pub enum ForwardError {
     Home(#[from] HomeError),
 }
 
-/// Where the time of a step went, and what crossed the wire.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepCost {
-    /// Attention halves, embeddings included.
-    pub attention: Duration,
-    /// Norm and gate before the experts.
-    pub gate: Duration,
-    /// Building and sending calls.
-    pub send: Duration,
-    /// Experts, dense and shared blocks computed here.
-    pub local: Duration,
-    /// Waiting for replies.
-    pub wait: Duration,
-    /// Adding replies up.
-    pub combine: Duration,
-    /// Last norm and head.
-    pub head: Duration,
-    /// Bytes of calls.
-    pub bytes_out: u64,
-    /// Bytes of replies.
-    pub bytes_in: u64,
-    /// Calls sent.
-    pub calls: u64,
-    /// Calls whose experts were computed here after all.
-    pub fallbacks: u64,
-}
-
-impl StepCost {
-    /// Adds another step's cost.
-    pub fn add(&mut self, other: &StepCost) {
-        self.attention += other.attention;
-        self.gate += other.gate;
-        self.send += other.send;
-        self.local += other.local;
-        self.wait += other.wait;
-        self.combine += other.combine;
-        self.head += other.head;
-        self.bytes_out += other.bytes_out;
-        self.bytes_in += other.bytes_in;
-        self.calls += other.calls;
-        self.fallbacks += other.fallbacks;
-    }
-}
-
-/// Adds the time since `since` to `total` and restarts the clock.
-pub(crate) fn lap(since: &mut Instant, total: &mut Duration) {
-    let now = Instant::now();
-    *total += now - *since;
-    *since = now;
-}
-
 /// The model as the router runs it.
 #[derive(Debug)]
 pub struct Forward {
+    format: Format,
     decoder: Decoder,
     home: Home,
     kv: KvCache,
@@ -106,7 +59,8 @@ impl Forward {
         // With no mesh every expert is used all the time; with one, only those of a node that fails.
         let residency = if hub.is_some() { Residency::Mapped } else { Residency::Resident };
         Ok(Forward {
-            kv: KvCache::new(&model.config, kv_blocks),
+            format: model.format,
+            kv: KvCache::new(&model.config, model.format, kv_blocks),
             work: Workspace::new(model.format),
             dispatch: Dispatch::new(hub, model.format),
             sums: Vec::new(),
@@ -118,6 +72,23 @@ impl Forward {
     /// The router's part of the model.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
+    }
+
+    /// Loads every expert now, in a router without a mesh.
+    pub fn preload(&mut self) -> Result<(), HomeError> {
+        let (layers, experts): (Vec<_>, _) =
+            (self.decoder.config().moe_layers().collect(), self.decoder.config().moe.experts as u16);
+        layers.into_iter().try_for_each(|layer| self.home.load(layer, 0..experts))
+    }
+
+    /// Counts calls in `metrics`.
+    pub fn count_in(&mut self, metrics: Arc<Metrics>) {
+        self.dispatch.count_in(metrics);
+    }
+
+    /// Bytes of one block of KV cache.
+    pub fn kv_block_bytes(&self) -> u64 {
+        KvCache::block_bytes(self.decoder.config(), self.format) as u64
     }
 
     /// Bytes of experts the router has computed with itself so far.
@@ -135,7 +106,7 @@ impl Forward {
         logits: &mut Vec<f32>,
         cost: &mut StepCost,
     ) -> Result<(), ForwardError> {
-        let Forward { decoder, home, kv, work, dispatch, sums } = self;
+        let Forward { decoder, home, kv, work, dispatch, sums, .. } = self;
         let mut clock = Instant::now();
         let positions = runs.iter().flat_map(|run| run.position..run.position + run.len);
         decoder.begin(tokens, positions, work);

@@ -2,6 +2,8 @@
 //!
 //! A module imports only modules listed after it (tests: tidy).
 
+pub mod serve;
+
 pub mod http;
 
 pub mod prompt;
@@ -17,6 +19,8 @@ pub mod dispatch;
 pub mod scheduler;
 
 pub mod sampler;
+
+pub mod cost;
 
 pub mod metrics;
 

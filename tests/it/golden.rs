@@ -27,7 +27,9 @@ impl Golden {
 
     fn tokens(&self, key: &str) -> Vec<Vec<u32>> {
         let rows = self.values[key].as_array().unwrap();
-        rows.iter().map(|row| row.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()).collect()
+        rows.iter()
+            .map(|row| row.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect())
+            .collect()
     }
 
     fn tolerance(&self) -> f32 {
@@ -74,7 +76,9 @@ fn check_family(folder: &str) {
     let mut reference = load(&directory, Format::Bf16, cache.path());
     let (prompts, continuations) = (golden.tokens("prompts"), golden.tokens("greedy"));
     let per_prompt = golden.logits.len() / prompts.len();
-    for ((prompt, continuation), logits) in prompts.iter().zip(&continuations).zip(golden.logits.chunks(per_prompt)) {
+    for ((prompt, continuation), logits) in
+        prompts.iter().zip(&continuations).zip(golden.logits.chunks(per_prompt))
+    {
         reference.rewind(0);
         let worst = largest_difference(reference.feed(prompt, Want::All).unwrap(), logits);
         println!("{folder}: largest error {:.2} tolerances", worst / golden.tolerance());
@@ -133,7 +137,8 @@ fn old_spelling_of_configs() {
         if !old.is_file() {
             continue;
         }
-        let parse = |path: PathBuf| model::config::parse::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let parse =
+            |path: PathBuf| model::config::parse::parse(&std::fs::read_to_string(path).unwrap()).unwrap();
         assert_eq!(parse(old), parse(folder.join("config.json")), "{}", folder.display());
         seen += 1;
     }

@@ -28,9 +28,7 @@ impl Rotary {
             RopeScaling::Yarn { factor, attention_factor: attention, .. } => {
                 attention_factor = attention as f32;
                 let keep = yarn_keep(rope, head_dim);
-                (0..half)
-                    .map(|i| (plain(i) / factor * (1.0 - keep[i]) + plain(i) * keep[i]) as f32)
-                    .collect()
+                (0..half).map(|i| (plain(i) / factor * (1.0 - keep[i]) + plain(i) * keep[i]) as f32).collect()
             }
         };
         Rotary { frequencies, attention_factor }
@@ -60,7 +58,8 @@ fn yarn_keep(rope: &Rope, head_dim: usize) -> Vec<f64> {
     };
     let dim = head_dim as f64;
     let correction = |rotations: f64| {
-        dim * libm::log(original_context as f64 / (rotations * std::f64::consts::TAU)) / (2.0 * libm::log(rope.theta))
+        dim * libm::log(original_context as f64 / (rotations * std::f64::consts::TAU))
+            / (2.0 * libm::log(rope.theta))
     };
     let (mut low, mut high) = (correction(beta_fast), correction(beta_slow));
     if truncate {

@@ -32,7 +32,6 @@ pub struct Workspace {
     pub(super) inner: Vec<f32>,
     pub(super) inner_input: Rows,
     pub(super) head: Vec<f32>,
-    pub(super) narrow: Vec<u16>,
     pub(super) attend: AttendScratch,
 }
 
@@ -55,7 +54,6 @@ impl Workspace {
             inner: Vec::new(),
             inner_input: Rows::new(format),
             head: Vec::new(),
-            narrow: Vec::new(),
             attend: AttendScratch::default(),
         }
     }
@@ -94,7 +92,8 @@ impl Rows {
             self.buffer = Buffer::zeroed((rows * stride).next_power_of_two());
         }
         (self.rows, self.inputs) = (rows, inputs);
-        ops.fill_rows(self.format, inputs, values, &mut self.buffer[..rows * stride]).map_err(|error| error.row)
+        ops.fill_rows(self.format, inputs, values, &mut self.buffer[..rows * stride])
+            .map_err(|error| error.row)
     }
 
     /// The rows.

@@ -15,15 +15,16 @@
     reason = "index loops over arrays become vector code; iterator closures are compiled without target features"
 )]
 
+pub mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub mod attend;
 pub mod definition;
 mod elementwise;
 mod experts;
 mod isa;
+pub mod kv;
 mod linear;
 pub mod ops;
 mod pool;

@@ -16,9 +16,9 @@ use std::sync::Mutex;
 
 use super::definition::exp;
 use super::isa::Isa;
+use super::kv::{KV_BLOCK, KvLayer};
 use super::ops::Ops;
 use super::{Native, lock};
-use crate::kv::{KV_BLOCK, KvLayer};
 
 /// Queries that share the widened keys of a block: their accumulators stay in the second-level cache.
 const TILE: usize = 16;
@@ -117,7 +117,11 @@ impl Native {
                 space.tile(task, tile, ops, step);
             }
         };
-        if threads == 1 { work(0) } else { self.parallel(&work) }
+        if threads == 1 {
+            work(0)
+        } else {
+            self.parallel(&work)
+        }
         let (width, group) = (task.heads * task.kv.shape().head_dim, task.heads / kv_heads);
         let part = group * task.kv.shape().head_dim;
         for thread in 0..threads {
@@ -159,8 +163,8 @@ impl ThreadScratch {
         let blocks = lowest_key(task.window, start) / KV_BLOCK..=(start + tile.len - 1) / KV_BLOCK;
         for block in blocks {
             let index = tile.run.table[block];
-            ops.widen_f16(task.kv.keys(index, tile.head), &mut self.keys);
-            ops.widen_f16(task.kv.values(index, tile.head), &mut self.values);
+            task.kv.keys(index, tile.head, ops, &mut self.keys);
+            task.kv.values(index, tile.head, ops, &mut self.values);
             for row in 0..tile.len {
                 let position = start + row;
                 let from = lowest_key(task.window, position).max(block * KV_BLOCK);
