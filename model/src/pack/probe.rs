@@ -209,10 +209,10 @@ fn read_group(format: Format, block: &[u8], (index, groups): (usize, usize), gro
         quantize::dequantize(format, &block[index * size..(index + 1) * size], group);
         return;
     }
-    for output in 0..BLOCK_OUTPUTS {
-        let start = (output * groups + index) * GROUP * 2;
-        for (input, bits) in block[start..start + GROUP * 2].as_chunks::<2>().0.iter().enumerate() {
-            group[input][output] = half::bf16::from_le_bytes(*bits).to_f32();
+    for (input, row) in group.iter_mut().enumerate() {
+        for (output, slot) in row.iter_mut().enumerate() {
+            let at = 2 * ((output * groups + index) * GROUP + input);
+            *slot = half::bf16::from_le_bytes([block[at], block[at + 1]]).to_f32();
         }
     }
 }
