@@ -1,1 +1,36 @@
 //! QUIC between router and expert nodes.
+//!
+//! Nodes dial the router and prove their key in TLS; the router sends calls over lanes, streams that it opens and
+//! reuses. Read in this order: `hub` is the router's side and `station` a node's, `lane` and `pending` are the way
+//! of one call, `endpoint` sets up QUIC for a LAN, `tls` decides who may talk at all, `roster` and `identity` are
+//! the files behind that. `bench_link` measures what all this costs.
+//!
+//! Both sides run on one thread of their own with a current-thread tokio runtime, and compute never runs there.
+//! Everything that queues is bounded. A module imports only modules listed after it (tests: tidy).
+
+pub mod bench_link;
+
+pub mod hub;
+
+mod link;
+
+mod lane;
+
+pub mod station;
+
+pub mod pending;
+
+mod tally;
+
+mod stream;
+
+pub mod endpoint;
+
+pub mod tls;
+
+pub mod roster;
+
+pub mod identity;
+
+#[cfg(test)]
+mod tests;

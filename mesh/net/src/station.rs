@@ -1,0 +1,548 @@
+//! A node's side: stays connected to the router and hands calls to whoever computes them.
+//!
+//! `Station::run` owns its thread. It dials the router's addresses in turn, with growing pauses, introduces the node,
+//! and from then on only moves bytes: a lane's task reads a call into a pooled buffer, validates it, hands it to the
+//! `NodeService`, waits for the answer and writes it. The service must return at once and compute on threads of its
+//! own; loading weights is the exception and runs on a blocking thread. The price of the simple lanes: one call per
+//! lane at a time, so the number of calls at a node is bounded by the lanes the router may open.
+//!
+//! Pauses between attempts carry a jitter derived from the node's key, so that nodes that lost their router together
+//! do not come back together, and a run can be replayed.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use mesh_wire::buffer::{Buffer, Pool};
+use mesh_wire::call::Call;
+use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Refusal};
+use mesh_wire::frame::{FrameError, Op};
+use mesh_wire::id::NodeId;
+use mesh_wire::message::Message;
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use crate::endpoint::{self, Close, EndpointError, LaneReset};
+use crate::identity::Identity;
+use crate::roster::{Roster, RosterError};
+use crate::stream::{ReadFrameError, read_frame, write_frame};
+use crate::tls::SERVER_NAME;
+
+/// How often a node reports.
+const HEALTH_EVERY: Duration = Duration::from_secs(1);
+
+/// Time a handshake may take before the next address is tried.
+const DIAL_WITHIN: Duration = Duration::from_secs(3);
+
+/// First pause after all addresses failed; doubles up to `PAUSE_MAX`. A router that restarts is found again within
+/// the time a person notices.
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+/// Longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(3);
+
+/// A reply frame up to this size is sent before larger ones that wait: a decode reply of 8 rows 4096 wide.
+const URGENT_BYTES_MAX: usize = 64 << 10;
+
+/// Placements that may wait while one is loaded. The router has at most two under way.
+const PLACEMENTS_MAX: usize = 4;
+
+/// Messages to the router that may wait to be written.
+const OUTBOX_MESSAGES: usize = 8;
+
+/// Time a goodbye has to arrive.
+const GOODBYE_WITHIN: Duration = Duration::from_millis(200);
+
+/// What a node does. Called on the network thread, which must never wait: every method but `place` returns at once.
+pub trait NodeService: Send + Sync + 'static {
+    /// Introduces the node, at every connection.
+    fn hello(&self) -> Hello;
+
+    /// Loads what the placement says. May take long; called on a blocking thread, one at a time.
+    fn place(&self, placement: Placement) -> Placed;
+
+    /// Takes a call and returns at once; another thread computes it and answers through the sink. A sink that
+    /// is dropped refuses the call.
+    fn call(&self, call: Call, sink: ReplySink);
+
+    /// The node's counters.
+    fn health(&self) -> Health;
+}
+
+/// Ends a station from any thread.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    triggered: Arc<watch::Sender<bool>>,
+}
+
+impl Default for Stop {
+    fn default() -> Stop {
+        Stop::new()
+    }
+}
+
+impl Stop {
+    /// Not yet triggered.
+    pub fn new() -> Stop {
+        Stop { triggered: Arc::new(watch::Sender::new(false)) }
+    }
+
+    /// Ends everything that listens to it.
+    pub fn trigger(&self) {
+        self.triggered.send_replace(true);
+    }
+
+    /// Whether it was triggered.
+    pub fn is_triggered(&self) -> bool {
+        *self.triggered.borrow()
+    }
+
+    async fn wait(&self) {
+        let mut changes = self.triggered.subscribe();
+        // The sender lives in `self`, so this ends with the trigger only.
+        drop(changes.wait_for(|triggered| *triggered).await.map(|_| ()));
+    }
+}
+
+/// What a station needs to run.
+#[derive(Clone, Debug)]
+pub struct StationConfig {
+    /// This machine's key; one of the roster's nodes.
+    pub identity: Identity,
+    /// Who belongs to the cluster.
+    pub roster: Roster,
+    /// Where the router may be, tried in order.
+    pub routers: Vec<SocketAddr>,
+    /// The pool for frames; the service builds its replies in it, too.
+    pub pool: Pool,
+}
+
+impl StationConfig {
+    /// Default size of a station's pool: each of the router's lanes with a call of 2 MiB and a reply of 8 MiB.
+    pub const POOL_BYTES_MAX: usize = 128 << 20;
+}
+
+/// Why a station does not run.
+#[derive(Debug, Error)]
+pub enum StationError {
+    /// The roster is not usable.
+    #[error(transparent)]
+    Roster(#[from] RosterError),
+    /// This machine is not one of the roster's nodes.
+    #[error(
+        "this machine's key {0} is not a node of the roster; add it under [[nodes]] in every machine's roster and restart the router"
+    )]
+    NotInRoster(String),
+    /// There is nowhere to dial.
+    #[error("no router address is given")]
+    NoAddress,
+    /// No endpoint.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// No runtime.
+    #[error("starting the network thread: {0}")]
+    Runtime(#[from] std::io::Error),
+}
+
+/// Where the answer to a call goes. Exactly one answer leaves: `complete`, `refuse`, or, when it is dropped, a
+/// refusal that says so.
+#[derive(Debug)]
+pub struct ReplySink {
+    call: u64,
+    deadline: Instant,
+    pool: Pool,
+    answer: Option<oneshot::Sender<Buffer>>,
+}
+
+impl ReplySink {
+    /// The call's number.
+    pub fn call(&self) -> u64 {
+        self.call
+    }
+
+    /// The pool to build the reply in.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// When the budget, counted from receipt, runs out.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether computing is still worth it: the budget is not spent and the router still waits. To be asked right
+    /// before the work starts; where the answer is no, drop the sink.
+    pub fn is_wanted(&self) -> bool {
+        let listening = self.answer.as_ref().is_some_and(|answer| !answer.is_closed());
+        listening && Instant::now() < self.deadline
+    }
+
+    /// Sends the reply, a frame built by `mesh_wire::reply`.
+    pub fn complete(mut self, reply: Buffer) {
+        if reply.op() == Op::Reply {
+            self.send(reply);
+        } else {
+            self.refuse(Refusal::Failed, "the node built something that is not a reply");
+        }
+    }
+
+    /// Says no.
+    pub fn refuse(mut self, refusal: Refusal, detail: &str) {
+        self.send_refusal(refusal, detail);
+    }
+
+    fn send(&mut self, frame: Buffer) {
+        // Fails where the router has given up: then nobody misses it.
+        drop(self.answer.take().map(|answer| answer.send(frame)));
+    }
+
+    fn send_refusal(&mut self, refusal: Refusal, detail: &str) {
+        if let Ok(frame) = refusal_frame(&self.pool, self.call, refusal, detail) {
+            self.send(frame);
+        }
+    }
+}
+
+impl Drop for ReplySink {
+    fn drop(&mut self) {
+        if self.answer.is_none() {
+            return;
+        }
+        if Instant::now() >= self.deadline {
+            self.send_refusal(Refusal::Expired, "the budget was spent before the call could start");
+        } else {
+            self.send_refusal(Refusal::Failed, "the node dropped the call");
+        }
+    }
+}
+
+fn refusal_frame(pool: &Pool, call: u64, refusal: Refusal, detail: &str) -> Result<Buffer, FrameError> {
+    let refused = CallRefused { call, refusal, detail: detail.to_owned() };
+    Message::CallRefused(refused).encode(pool)
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Station;
+
+impl Station {
+    /// Runs on this thread until `stop` is triggered; then says goodbye and returns. Loss of the router is not an
+    /// error: it dials again.
+    ///
+    /// # Errors
+    /// What keeps it from ever running.
+    pub fn run(
+        config: StationConfig,
+        service: Arc<dyn NodeService>,
+        stop: &Stop,
+    ) -> Result<(), StationError> {
+        config.roster.check()?;
+        let id = config.identity.id();
+        if config.roster.node_index(id).is_none() {
+            return Err(StationError::NotInRoster(id.to_hex()));
+        }
+        if config.routers.is_empty() {
+            return Err(StationError::NoAddress);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let node = Arc::new(Node { config, service, placing: Arc::default() });
+        let outcome = runtime.block_on(node.stay_connected(stop));
+        // A placement that is still loading must not keep the process.
+        runtime.shutdown_background();
+        outcome
+    }
+}
+
+/// How long to pause after `attempt` failed rounds: doubling, plus or minus a quarter by this node's own dice.
+fn pause(id: NodeId, attempt: u32) -> Duration {
+    let whole = PAUSE_FIRST.saturating_mul(1 << attempt.min(10)).min(PAUSE_MAX);
+    let dice = blake3::Hasher::new().update(&id.0).update(&attempt.to_le_bytes()).finalize();
+    let part = f64::from(dice.as_bytes()[0]) / 255.0;
+    whole.mul_f64(0.75 + part / 2.0)
+}
+
+struct Node {
+    config: StationConfig,
+    service: Arc<dyn NodeService>,
+    /// Held while weights are loaded, so that a placement of a new connection waits for one of an old.
+    placing: Arc<Mutex<()>>,
+}
+
+impl Node {
+    async fn stay_connected(self: &Arc<Node>, stop: &Stop) -> Result<(), StationError> {
+        let mut attempt = 0;
+        loop {
+            for address in &self.config.routers {
+                let session = self.try_router(*address, stop);
+                match session.await {
+                    Ok(true) => attempt = 0,
+                    Ok(false) => {}
+                    Err(error) if attempt == 0 => return Err(error),
+                    // The network may come back; the address was fine once or another one may be.
+                    Err(error) => tracing::warn!(%address, %error, "no endpoint"),
+                }
+                if stop.is_triggered() {
+                    return Ok(());
+                }
+            }
+            if timeout(pause(self.config.identity.id(), attempt), stop.wait()).await.is_ok() {
+                return Ok(());
+            }
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    /// One connection to this address, from dialing to its end. True where it got as far as being connected.
+    async fn try_router(self: &Arc<Node>, address: SocketAddr, stop: &Stop) -> Result<bool, StationError> {
+        let router = self.config.roster.router.key;
+        let endpoint = endpoint::dialer(&self.config.identity, router, address.is_ipv6())?;
+        let dialing = async {
+            let connecting = endpoint.connect(address, SERVER_NAME).map_err(|error| error.to_string())?;
+            connecting.await.map_err(|error| explain(&error))
+        };
+        let dialed = tokio::select! {
+            dialed = timeout(DIAL_WITHIN, dialing) => dialed,
+            () = stop.wait() => return Ok(false),
+        };
+        let connection = match dialed.unwrap_or_else(|_| Err("no answer within 3 s".to_owned())) {
+            Ok(connection) => connection,
+            Err(reason) => {
+                tracing::warn!(%address, reason, "the router cannot be reached");
+                return Ok(false);
+            }
+        };
+        tracing::info!(%address, "connected to the router");
+        let (reason, said_goodbye) = self.session(&connection, stop).await;
+        tracing::warn!(%address, reason, "the connection to the router ended");
+        connection.close(Close::Goodbye.into(), b"");
+        // Lets the close arrive; a router that is gone does not hold us up.
+        drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
+        Ok(said_goodbye)
+    }
+
+    /// Serves one connection until it ends. Says why, and whether the router ever spoke or kept it for a while.
+    async fn session(self: &Arc<Node>, connection: &Connection, stop: &Stop) -> (String, bool) {
+        let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
+        let (orders, placements) = mpsc::channel(PLACEMENTS_MAX);
+        let (send, recv) = match connection.open_bi().await {
+            Ok(control) => control,
+            Err(error) => return (explain(&error), false),
+        };
+        let reason = tokio::select! {
+            reason = self.speak(send, outgoing, stop) => reason,
+            reason = self.listen(recv, orders) => reason,
+            reason = self.place(placements, outbox.clone()) => reason,
+            reason = self.report(outbox) => reason,
+            reason = self.lanes(connection) => reason,
+        };
+        match connection.close_reason() {
+            // A refusal of our key comes after the handshake, from our side of it: that is not being connected.
+            Some(error @ ConnectionError::ConnectionClosed(_)) => (explain(&error), false),
+            Some(error @ ConnectionError::ApplicationClosed(_)) => {
+                let unwanted = explain(&error);
+                (unwanted, !is_unwanted(&error))
+            }
+            Some(error) => (explain(&error), true),
+            None => (reason, true),
+        }
+    }
+
+    /// Introduces the node, then writes what is to be said; at the stop, a goodbye.
+    async fn speak(
+        &self,
+        mut send: SendStream,
+        mut outgoing: mpsc::Receiver<Message>,
+        stop: &Stop,
+    ) -> String {
+        let mut next = Message::Hello(self.service.hello());
+        loop {
+            let frame = match next.encode(&self.config.pool) {
+                Ok(frame) => frame,
+                Err(error) => return format!("a message cannot be sent: {error}"),
+            };
+            if let Err(error) = write_frame(&mut send, frame).await {
+                return format!("the control stream broke: {error}");
+            }
+            if matches!(next, Message::Goodbye(_)) {
+                if send.finish().is_ok() {
+                    drop(timeout(GOODBYE_WITHIN, send.stopped()).await);
+                }
+                return "this node is stopping".to_owned();
+            }
+            next = tokio::select! {
+                biased;
+                () = stop.wait() => Message::Goodbye(Goodbye { reason: "the node is stopping".to_owned() }),
+                message = outgoing.recv() => match message {
+                    Some(message) => message,
+                    None => return "nothing more to say".to_owned(),
+                },
+            };
+        }
+    }
+
+    /// Reads what the router says.
+    async fn listen(&self, mut recv: RecvStream, orders: mpsc::Sender<Placement>) -> String {
+        loop {
+            let frame = match read_frame(&mut recv, &self.config.pool, &[Op::Placement, Op::Goodbye]).await {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return "the router closed the control stream".to_owned(),
+                Err(error) => return format!("the control stream broke: {error}"),
+            };
+            match Message::decode(&frame) {
+                Ok(Message::Placement(placement)) => {
+                    if orders.try_send(placement).is_err() {
+                        return "the router sends placements faster than they can be loaded".to_owned();
+                    }
+                }
+                Ok(Message::Goodbye(goodbye)) => {
+                    return format!("the router said goodbye: {}", goodbye.reason);
+                }
+                Ok(_) => return "the router said what only a node says".to_owned(),
+                Err(error) => return format!("a message of the router was refused: {error}"),
+            }
+        }
+    }
+
+    /// Carries out placements, one after the other.
+    async fn place(
+        &self,
+        mut placements: mpsc::Receiver<Placement>,
+        outbox: mpsc::Sender<Message>,
+    ) -> String {
+        while let Some(placement) = placements.recv().await {
+            let epoch = placement.epoch;
+            let (service, placing) = (Arc::clone(&self.service), Arc::clone(&self.placing));
+            let loading = tokio::task::spawn_blocking(move || {
+                let _placing = placing.lock().unwrap_or_else(PoisonError::into_inner);
+                service.place(placement)
+            });
+            let failed = |error: &tokio::task::JoinError| Placed {
+                epoch,
+                weight_bytes: 0,
+                refusal: format!("loading failed: {error}"),
+            };
+            let placed = loading.await.unwrap_or_else(|error| failed(&error));
+            if outbox.send(Message::Placed(placed)).await.is_err() {
+                break;
+            }
+        }
+        "no more placements".to_owned()
+    }
+
+    /// Reports every second.
+    async fn report(&self, outbox: mpsc::Sender<Message>) -> String {
+        let mut ticks = interval(HEALTH_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if outbox.send(Message::Health(self.service.health())).await.is_err() {
+                return "nobody to report to".to_owned();
+            }
+        }
+    }
+
+    /// Serves the lanes the router opens; the transport limits how many there are.
+    async fn lanes(self: &Arc<Node>, connection: &Connection) -> String {
+        let mut lanes = JoinSet::new();
+        loop {
+            tokio::select! {
+                lane = connection.accept_bi() => match lane {
+                    Ok((send, recv)) => {
+                        lanes.spawn(Arc::clone(self).lane(send, recv));
+                    }
+                    Err(error) => return explain(&error),
+                },
+                Some(_) = lanes.join_next() => {}
+            }
+        }
+    }
+
+    async fn lane(self: Arc<Node>, mut send: SendStream, mut recv: RecvStream) {
+        if let Err(reset) = self.serve_lane(&mut send, &mut recv).await {
+            // Both fail only where the stream is closed already.
+            drop((send.reset(reset.into()), recv.stop(reset.into())));
+        }
+    }
+
+    /// Answers calls until the router ends the lane.
+    async fn serve_lane(&self, send: &mut SendStream, recv: &mut RecvStream) -> Result<(), LaneReset> {
+        let pool = &self.config.pool;
+        let stopped = send.stopped();
+        tokio::pin!(stopped);
+        loop {
+            let frame = match read_frame(recv, pool, &[Op::Call]).await {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Ok(()),
+                Err(ReadFrameError::Stream(_)) => return Err(LaneReset::Cancelled),
+                Err(ReadFrameError::Frame(error @ FrameError::PoolExhausted(_))) => {
+                    tracing::warn!(%error, "a call was dropped");
+                    return Err(LaneReset::Busy);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a lane was reset");
+                    return Err(LaneReset::Frame);
+                }
+            };
+            let received = Instant::now();
+            let answer = match Call::parse(frame) {
+                Ok(call) => {
+                    let answer = self.hand_over(call, received);
+                    tokio::select! {
+                        biased;
+                        answer = answer => answer.map_err(|_| LaneReset::Busy)?,
+                        _ = &mut stopped => return Err(LaneReset::Cancelled),
+                    }
+                }
+                Err(bad) => {
+                    tracing::warn!(error = %bad.error, "a call was refused");
+                    let call = bad.call.ok_or(LaneReset::Frame)?;
+                    refusal_frame(pool, call, Refusal::Malformed, &bad.error.to_string())
+                        .map_err(|_| LaneReset::Busy)?
+                }
+            };
+            let priority = i32::from(answer.frame().len() <= URGENT_BYTES_MAX);
+            // Fails only on a closed stream, which the write notices.
+            drop(send.set_priority(priority));
+            let sent = send.write_chunk(Bytes::from_owner(answer)).await;
+            sent.map_err(|_| LaneReset::Cancelled)?;
+        }
+    }
+
+    fn hand_over(&self, call: Call, received: Instant) -> oneshot::Receiver<Buffer> {
+        let (answer, receiver) = oneshot::channel();
+        let head = call.head();
+        let budget = Duration::from_micros(u64::from(head.budget_us));
+        let sink = ReplySink {
+            call: head.call,
+            deadline: received + budget,
+            pool: self.config.pool.clone(),
+            answer: Some(answer),
+        };
+        self.service.call(call, sink);
+        receiver
+    }
+}
+
+/// What went wrong, and what to do where we know.
+fn explain(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::TransportError(inner) if inner.reason.contains("certificate") => format!(
+            "{error}; the machine at this address is not the roster's router: check address and roster"
+        ),
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & 0xff00 == 0x100 => format!(
+            "{error}; the router turned this machine's key or protocol version away: check that the router's roster has this key, and that both run the same version"
+        ),
+        ConnectionError::TimedOut => "no answer; is the router running, is UDP let through?".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn is_unwanted(error: &ConnectionError) -> bool {
+    let code = |close: Close| quinn::VarInt::from(close);
+    matches!(error, ConnectionError::ApplicationClosed(closed)
+        if [code(Close::Replaced), code(Close::Protocol), code(Close::Unwanted)].contains(&closed.error_code))
+}
