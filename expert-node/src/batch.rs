@@ -7,11 +7,11 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
+use mesh_net::station::ReplySink;
 use mesh_wire::buffer::Buffer;
 use mesh_wire::call::Call;
-use mesh_wire::control::CallRefused;
+use mesh_wire::control::Refusal;
 
 /// Calls that may wait. A router has one step out at a time, which is a few row chunks per node; more is a router
 /// that gave up on earlier calls, and then the newest are as late as the oldest.
@@ -21,29 +21,39 @@ pub const QUEUE_CALLS_MAX: usize = 64;
 /// weights in the cache, and the first call of the batch would only wait longer.
 pub const BATCH_ROWS_MAX: u32 = 256;
 
-/// Where the answer to a call goes.
-pub trait Answer: Send {
-    /// Whether nobody waits any more.
-    fn is_cancelled(&self) -> bool;
+/// Where the answer to a call goes. The network has one; tests have others.
+pub trait Answer: Send + std::fmt::Debug {
+    /// Whether somebody still waits and the budget is not spent. Where not, the answer is dropped.
+    fn is_wanted(&self) -> bool;
 
-    /// Sends the reply frame, or why there is none.
-    fn send(self: Box<Self>, answer: Result<Buffer, CallRefused>);
+    /// Sends the reply frame.
+    fn complete(self: Box<Self>, reply: Buffer);
+
+    /// Says why there is none.
+    fn refuse(self: Box<Self>, refusal: Refusal, detail: &str);
+}
+
+impl Answer for ReplySink {
+    fn is_wanted(&self) -> bool {
+        ReplySink::is_wanted(self)
+    }
+
+    fn complete(self: Box<Self>, reply: Buffer) {
+        ReplySink::complete(*self, reply);
+    }
+
+    fn refuse(self: Box<Self>, refusal: Refusal, detail: &str) {
+        ReplySink::refuse(*self, refusal, detail);
+    }
 }
 
 /// A call that waits.
+#[derive(Debug)]
 pub struct Job {
     /// What to compute.
     pub call: Call,
-    /// When it came; its budget counts from here.
-    pub received: Instant,
     /// Who wants to know.
     pub answer: Box<dyn Answer>,
-}
-
-impl std::fmt::Debug for Job {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Job").field("call", self.call.head()).field("received", &self.received).finish()
-    }
 }
 
 impl Job {

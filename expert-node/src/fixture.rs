@@ -3,11 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::{Assignment as WireAssignment, Call, CallDraft, CallHead};
-use mesh_wire::control::{CallRefused, Placement};
+use mesh_wire::control::{Placement, Refusal};
 use mesh_wire::id::ExpertKey;
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::Reply;
@@ -183,30 +182,35 @@ pub(crate) fn call(
     Call::parse(draft.finish().into_buffer()).unwrap()
 }
 
-/// Where answers of fake callers arrive.
-pub(crate) type Answers = Receiver<Result<Buffer, CallRefused>>;
+/// What fake callers are told.
+pub(crate) type Answers = Receiver<Result<Buffer, (Refusal, String)>>;
 
+#[derive(Debug)]
 pub(crate) struct Caller {
-    sender: Sender<Result<Buffer, CallRefused>>,
-    cancelled: Arc<AtomicBool>,
+    sender: Sender<Result<Buffer, (Refusal, String)>>,
+    wanted: Arc<AtomicBool>,
 }
 
 impl Answer for Caller {
-    fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+    fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
     }
 
-    fn send(self: Box<Self>, answer: Result<Buffer, CallRefused>) {
-        self.sender.send(answer).unwrap();
+    fn complete(self: Box<Self>, reply: Buffer) {
+        self.sender.send(Ok(reply)).unwrap();
+    }
+
+    fn refuse(self: Box<Self>, refusal: Refusal, detail: &str) {
+        self.sender.send(Err((refusal, detail.to_owned()))).unwrap();
     }
 }
 
-/// A job, where its answer arrives, and the switch that cancels it.
+/// A job, where its answer arrives, and the switch that says whether it is wanted.
 pub(crate) fn job(call: Call) -> (Job, Answers, Arc<AtomicBool>) {
     let (sender, answers) = channel();
-    let cancelled = Arc::new(AtomicBool::new(false));
-    let answer = Box::new(Caller { sender, cancelled: Arc::clone(&cancelled) });
-    (Job { call, received: Instant::now(), answer }, answers, cancelled)
+    let wanted = Arc::new(AtomicBool::new(true));
+    let answer = Box::new(Caller { sender, wanted: Arc::clone(&wanted) });
+    (Job { call, answer }, answers, wanted)
 }
 
 /// The reply that has arrived.
@@ -215,6 +219,6 @@ pub(crate) fn reply(answers: &Answers) -> Reply {
 }
 
 /// The refusal that has arrived.
-pub(crate) fn refusal(answers: &Answers) -> CallRefused {
+pub(crate) fn refusal(answers: &Answers) -> (Refusal, String) {
     answers.try_recv().expect("answered").expect_err("refused")
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh_wire::buffer::Pool;
-use mesh_wire::control::{CallRefused, Refusal};
+use mesh_wire::control::Refusal;
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use model::activations::{Activations, row_bytes};
@@ -33,8 +33,8 @@ pub struct Counters {
     pub busy_us: AtomicU64,
     /// Calls refused.
     pub refused: AtomicU64,
-    /// Calls dropped because nobody waited any more.
-    pub cancelled: AtomicU64,
+    /// Calls dropped because nobody waited any more or their budget was spent.
+    pub unwanted: AtomicU64,
     /// Panics of kernels.
     pub panics: AtomicU64,
 }
@@ -104,8 +104,8 @@ impl Worker {
         let mut ready = Vec::with_capacity(batch.len());
         let mut layer = None;
         for job in batch {
-            if job.answer.is_cancelled() {
-                count(&self.counters.cancelled, 1);
+            if !job.answer.is_wanted() {
+                count(&self.counters.unwanted, 1);
                 continue;
             }
             match self.admit(&job) {
@@ -113,7 +113,7 @@ impl Worker {
                     layer = Some(experts);
                     ready.push(job);
                 }
-                Err((refusal, detail)) => self.refuse(job, refusal, detail),
+                Err((refusal, detail)) => self.refuse(job, refusal, &detail),
             }
         }
         let Some(layer) = layer else { return };
@@ -122,7 +122,7 @@ impl Worker {
             Ok(()) => self.reply(ready, started.elapsed()),
             Err((refusal, detail)) => {
                 tracing::error!(calls = ready.len(), "{detail}");
-                ready.into_iter().for_each(|job| self.refuse(job, refusal, detail.clone()));
+                ready.into_iter().for_each(|job| self.refuse(job, refusal, &detail));
             }
         }
     }
@@ -130,12 +130,6 @@ impl Worker {
     /// The experts for a call, or why it is not computed.
     fn admit(&self, job: &Job) -> Result<Arc<dyn LayerExperts>, Refused> {
         let head = job.call.head();
-        if job.received.elapsed() >= Duration::from_micros(u64::from(head.budget_us)) {
-            return Err((
-                Refusal::Expired,
-                format!("its {} us were over before it could start", head.budget_us),
-            ));
-        }
         let quantized = head.format == RowFormat::Int8;
         let Shape { format, hidden, .. } = self.shape;
         if head.hidden as usize != hidden || quantized != format.is_quantized() {
@@ -216,27 +210,21 @@ impl Worker {
                 Ok(frame) => {
                     count(&self.counters.calls, 1);
                     count(&self.counters.rows, u64::from(head.rows));
-                    job.answer.send(Ok(frame));
+                    job.answer.complete(frame);
                 }
-                Err(error) => self.refuse(job, Refusal::Busy, error.to_string()),
+                Err(error) => self.refuse(job, Refusal::Busy, &error.to_string()),
             }
         }
     }
 
-    fn refuse(&self, job: Job, refusal: Refusal, detail: String) {
+    fn refuse(&self, job: Job, refusal: Refusal, detail: &str) {
         count(&self.counters.refused, 1);
-        refuse(job, refusal, detail);
+        job.answer.refuse(refusal, detail);
     }
 }
 
 /// Longest pause of the pace: a typing error in `--pace-gb-s` must not stop the node for good.
 const PACE_MAX: Duration = Duration::from_secs(10);
-
-/// Answers a call without computing it.
-pub fn refuse(job: Job, refusal: Refusal, detail: String) {
-    let call = job.call.head().call;
-    job.answer.send(Err(CallRefused { call, refusal, detail }));
-}
 
 /// The rows of all calls, one after the other, in `scratch`.
 fn gather<'a>(scratch: &'a mut Buffer, jobs: &[Job]) -> &'a [u8] {

@@ -83,12 +83,12 @@ impl Speed {
     fn service(&self, assignments: u32) -> Option<Duration> {
         let experts = assignments.clamp(1, self.per_layer.max(1));
         let rows = assignments.div_ceil(experts);
-        let slot = MEASURED_ROWS.iter().position(|measured| *measured >= rows).unwrap_or(4);
-        // Beyond the last measured number of rows the time grows with the rows.
-        let times = f64::from(rows.div_ceil(MEASURED_ROWS[4]));
-        let mb_s = self.weight_mb_s[slot];
+        let enough = MEASURED_ROWS.iter().position(|measured| *measured >= rows).unwrap_or(4);
+        // Where so many rows were not measured, the time grows with the rows from the most that were.
+        let slot = (0..=enough).rev().find(|slot| self.weight_mb_s[*slot] > 0)?;
+        let times = f64::from(rows.div_ceil(MEASURED_ROWS[slot]));
         let bytes = f64::from(experts) * self.expert_bytes as f64 * times;
-        (mb_s > 0).then(|| seconds(bytes / (f64::from(mb_s) * 1e6)))
+        Some(seconds(bytes / (f64::from(self.weight_mb_s[slot]) * 1e6)))
     }
 }
 

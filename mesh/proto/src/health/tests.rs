@@ -47,6 +47,8 @@ fn before_history_the_measured_bandwidth_counts() {
     assert_eq!(trust.budget(16, &speed), 6000 * MS);
     assert_eq!(trust.budget(64, &speed), 12000 * MS);
     assert_eq!(trust.budget(4 * 512, &speed), 24000 * MS, "beyond the measured rows time grows with them");
+    let partly = Speed { weight_mb_s: [100, 100, 0, 0, 0], ..speed };
+    assert_eq!(trust.budget(64, &partly), 24000 * MS, "16 rows as 4 times 4");
     let absurd = Speed { weight_mb_s: [1; 5], expert_bytes: u64::MAX, per_layer: u32::MAX };
     assert_eq!(trust.budget(u32::MAX, &absurd), BUDGET_MAX);
     let mut trust = trust;

@@ -1,0 +1,242 @@
+//! The node: puts the parts together, starts their two threads and ends them.
+//!
+//! The network thread (`Station`) moves frames and never computes; the worker thread computes and never touches the
+//! network; between them is the queue. If either ends, the other is ended too: half a node would only make the
+//! router wait.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use mesh_net::identity::Identity;
+use mesh_net::roster::Roster;
+use mesh_net::station::{Station, StationConfig, StationError, Stop};
+use mesh_wire::buffer::Pool;
+use mesh_wire::control::{Hello, Refusal};
+use model::kernel::Kernels;
+
+use crate::batch::Queue;
+use crate::measure::weight_mb_s;
+use crate::serve::{Loading, Service, resident_bytes};
+use crate::shard::{PlaceError, Shard, Source};
+use crate::worker::{Counters, Worker};
+
+/// What a node needs to run.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Name the operator gave it.
+    pub name: String,
+    /// This machine's key; one of the roster's nodes.
+    pub identity: Identity,
+    /// Who belongs to the cluster.
+    pub roster: Roster,
+    /// Where the router may be, tried in order.
+    pub routers: Vec<SocketAddr>,
+    /// Where experts come from: an `Arc<Model>`.
+    pub model: Arc<dyn Source>,
+    /// What computes them.
+    pub kernels: Arc<dyn Kernels>,
+    /// Threads `kernels` computes with, for people.
+    pub threads: u16,
+    /// Most bytes of experts it will hold.
+    pub memory_bytes: u64,
+    /// Makes it as slow as a machine that streams so many gigabytes (10^9 bytes) of weights per second.
+    pub pace_gb_s: Option<f64>,
+    /// Bytes of frames that may be under way (`StationConfig::POOL_BYTES_MAX`).
+    pub pool_bytes_max: usize,
+}
+
+/// Why a node does not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The experts on which the machine is measured cannot be loaded.
+    #[error("measuring this machine: {0}")]
+    Measure(#[from] PlaceError),
+    /// The network part did not start, or ended.
+    #[error(transparent)]
+    Station(#[from] StationError),
+    /// A thread could not be started.
+    #[error("starting a thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// A thread panicked; the message is in the log.
+    #[error("the {0} thread panicked: this is a bug, please report the log")]
+    Panicked(&'static str),
+}
+
+/// What a running node can say of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeSnapshot {
+    /// Newest epoch it holds, 0 for none.
+    pub epoch: u64,
+    /// Bytes of experts in memory.
+    pub weight_bytes: u64,
+    /// The placement it is loading.
+    pub loading: Option<Loading>,
+    /// Calls that wait.
+    pub queued: usize,
+    /// Calls answered with sums.
+    pub calls: u64,
+    /// Rows of those.
+    pub rows: u64,
+    /// Microseconds in kernels.
+    pub busy_us: u64,
+    /// Calls refused, for any reason.
+    pub refused: u64,
+    /// Calls dropped because nobody waited any more.
+    pub unwanted: u64,
+    /// Panics of kernels.
+    pub panics: u64,
+    /// Resident memory of the process, 0 where unknown.
+    pub resident_bytes: u64,
+}
+
+/// A running node. Dropping it stops it without waiting.
+#[derive(Debug)]
+pub struct ExpertNode {
+    hello: Hello,
+    service: Arc<Service>,
+    shard: Arc<Shard>,
+    queue: Arc<Queue>,
+    counters: Arc<Counters>,
+    stop: Stop,
+    threads: Option<Threads>,
+}
+
+#[derive(Debug)]
+struct Threads {
+    network: JoinHandle<Result<(), StationError>>,
+    worker: JoinHandle<()>,
+}
+
+impl ExpertNode {
+    /// Measures the machine (`measure`), then starts the threads. The router is dialed from then on, for as long as
+    /// the node runs; `join` tells if that cannot work at all.
+    ///
+    /// # Errors
+    /// `Measure`, `Thread`.
+    pub fn start(config: NodeConfig) -> Result<ExpertNode, NodeError> {
+        let pace = config.pace_gb_s.map(|pace| pace * 1e9).filter(|pace| *pace > 0.0);
+        let hello = hello(&config, weight_mb_s(&*config.model, &*config.kernels, pace)?);
+        let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
+        let queue = Arc::new(Queue::default());
+        let pool = Pool::new(config.pool_bytes_max);
+        let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone()).paced(pace);
+        let counters = worker.counters();
+        let service =
+            Service::new(hello.clone(), Arc::clone(&shard), Arc::clone(&queue), Arc::clone(&counters));
+        let (service, stop) = (Arc::new(service), Stop::new());
+
+        let ended = StopOnDrop(stop.clone());
+        let worker = spawn("experts", move || {
+            let _ended = ended;
+            worker.run();
+        })?;
+        let NodeConfig { identity, roster, routers, .. } = config;
+        let station = StationConfig { identity, roster, routers, pool };
+        let ended = CloseOnDrop(Arc::clone(&queue));
+        let (calls, stopped) = (Arc::clone(&service), stop.clone());
+        let network = spawn("network", move || {
+            let _ended = ended;
+            Station::run(station, calls, &stopped)
+        })?;
+        let threads = Some(Threads { network, worker });
+        Ok(ExpertNode { hello, service, shard, queue, counters, stop, threads })
+    }
+
+    /// How it introduces itself, with the measured bandwidths.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// How it is doing.
+    pub fn snapshot(&self) -> NodeSnapshot {
+        let counters = &self.counters;
+        NodeSnapshot {
+            epoch: self.shard.epoch(),
+            weight_bytes: self.shard.weight_bytes(),
+            loading: self.service.loading(),
+            queued: self.queue.len(),
+            calls: counters.calls.load(Ordering::Relaxed),
+            rows: counters.rows.load(Ordering::Relaxed),
+            busy_us: counters.busy_us.load(Ordering::Relaxed),
+            refused: counters.refused.load(Ordering::Relaxed) + self.service.rejected(),
+            unwanted: counters.unwanted.load(Ordering::Relaxed),
+            panics: counters.panics.load(Ordering::Relaxed),
+            resident_bytes: resident_bytes(),
+        }
+    }
+
+    /// Ends it from any thread (a signal's, say): `clone` this and `trigger` it.
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
+    }
+
+    /// Begins to end it: says goodbye to the router, refuses what waits. `join` waits for that.
+    pub fn shutdown(&self) {
+        self.stop.trigger();
+        self.shard.end();
+    }
+
+    /// Waits until it has ended, by `shutdown` or by itself.
+    ///
+    /// # Errors
+    /// `Station` where it could not run at all, `Panicked`.
+    pub fn join(mut self) -> Result<(), NodeError> {
+        let Some(Threads { network, worker }) = self.threads.take() else { return Ok(()) };
+        let network = network.join();
+        let worker = worker.join();
+        network.map_err(|_| NodeError::Panicked("network"))??;
+        worker.map_err(|_| NodeError::Panicked("experts"))
+    }
+}
+
+impl Drop for ExpertNode {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// Ends the network when the worker ends.
+struct StopOnDrop(Stop);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.trigger();
+    }
+}
+
+/// Ends the worker when the network ends.
+struct CloseOnDrop(Arc<Queue>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        for job in self.0.close() {
+            job.answer.refuse(Refusal::Stopping, "the node is shutting down");
+        }
+    }
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, std::io::Error> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(run)
+}
+
+fn hello(config: &NodeConfig, weight_mb_s: [u32; 5]) -> Hello {
+    Hello {
+        name: config.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: config.model.fingerprint(),
+        memory_bytes: config.memory_bytes,
+        threads: config.threads,
+        exact: config.kernels.exact(),
+        kernels: format!("{} {}", config.kernels.name(), config.kernels.isa()),
+        weight_mb_s,
+        held_epoch: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests;
