@@ -1,1 +1,3 @@
-//! tests
+//! Tests that cross crates, in one program: one link, one start.
+
+mod tidy;
