@@ -1,3 +1,5 @@
-//! Tests that cross crates, in one binary.
+//! Tests that cross crates, in one program: one link, one start.
 
 mod golden;
+
+mod tidy;
