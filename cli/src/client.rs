@@ -92,7 +92,10 @@ impl Client {
     }
 
     fn unreachable(&self) -> String {
-        format!("no router answers at {}; start one with `moemesh router` or `moemesh demo --serve`", self.base)
+        format!(
+            "no router answers at {}; start one with `moemesh router` or `moemesh demo --serve`",
+            self.base
+        )
     }
 }
 

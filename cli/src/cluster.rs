@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
+use mesh_net::roster::{Machine, Roster};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -38,13 +38,15 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Starts the processes and returns when every node serves its experts.
     pub(crate) fn start(model: &ModelOptions, options: &ClusterOptions) -> anyhow::Result<Cluster> {
-        let directory = tempfile::Builder::new().prefix("moemesh-").tempdir().context("make a temporary directory")?;
+        let directory =
+            tempfile::Builder::new().prefix("moemesh-").tempdir().context("make a temporary directory")?;
         write_keys(directory.path(), options.nodes)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let processes = usize::from(options.nodes) + 1;
         let threads = options.cores_per_process.unwrap_or_else(|| (cores / processes).max(1));
         let arguments = model.to_arguments(threads)?;
-        let pin = |index: usize| options.cores_per_process.map(|count| core_list(index * count, count, cores));
+        let pin =
+            |index: usize| options.cores_per_process.map(|count| core_list(index * count, count, cores));
         let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
 
         let mut router = vec!["router".into(), "--roster".into(), file("roster.toml"), "--key".into()];
@@ -99,9 +101,10 @@ pub(crate) fn write_keys(directory: &Path, nodes: u16) -> anyhow::Result<()> {
     for index in 0..usize::from(nodes) {
         let name = node_name(index);
         let identity = Identity::create(&directory.join(format!("{name}.key")))?;
-        members.push((name, identity.id()));
+        members.push(Machine { name, key: identity.id() });
     }
-    Roster::new("local", ("router".into(), router.id()), members)?.write(&directory.join("roster.toml"))?;
+    let router = Machine { name: "router".to_owned(), key: router.id() };
+    Roster { cluster: "local".to_owned(), router, nodes: members }.save(&directory.join("roster.toml"))?;
     Ok(())
 }
 

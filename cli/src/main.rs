@@ -2,8 +2,8 @@
 #![allow(clippy::print_stdout, reason = "a command's result goes to standard output")]
 
 mod children;
-mod cluster;
 mod client;
+mod cluster;
 mod commands;
 mod model_options;
 mod output;

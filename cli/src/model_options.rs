@@ -108,7 +108,9 @@ impl ModelOptions {
             Backend::Native => Ok((Arc::<Native>::clone(&native), native)),
             #[cfg(feature = "torch")]
             Backend::Libtorch => {
-                Ok((Arc::new(model::kernel::libtorch::Libtorch::new("cpu", self.thread_count())?), native))
+                use model::kernel::libtorch::{Libtorch, LibtorchConfig};
+                let config = LibtorchConfig { device: "cpu".to_owned(), threads: self.thread_count() };
+                Ok((Arc::new(Libtorch::new(&config)?), native))
             }
             #[cfg(not(feature = "torch"))]
             Backend::Libtorch => bail!("this build has no libtorch; build it with the feature torch"),

@@ -1,14 +1,16 @@
 //! One prompt and its continuation, through a cluster or in one process: what `demo`, `run` and `reference`
 //! share.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
 use model::reference::{Reference, Want};
-use router::prompt::Prompts;
+use router::prompt::Chat;
 use router::request::Sampling;
 use router::sampler::{Sampler, Scratch};
+use router::serve::open_prompt;
 use router::stream::Detokenizer;
 use serde_json::{Value, json};
 
@@ -56,7 +58,11 @@ fn probability(text: &str) -> Result<f32, String> {
 
 fn in_range(text: &str, low: f32, high: f32) -> Result<f32, String> {
     let value: f32 = text.parse().map_err(|_| format!("'{text}' is not a number"))?;
-    if (low..=high).contains(&value) { Ok(value) } else { Err(format!("{value} is not between {low} and {high}")) }
+    if (low..=high).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("{value} is not between {low} and {high}"))
+    }
 }
 
 /// A continuation and what it took.
@@ -133,15 +139,20 @@ pub(crate) fn reference(
 ) -> anyhow::Result<Story> {
     let model = model_options.open()?;
     let (kernels, native) = model_options.load_kernels()?;
-    let prompts = Prompts::open(&model)?;
-    let prompt = if options.chat { prompts.chat(&options.prompt)? } else { prompts.encode(&options.prompt)? };
+    let prompts = open_prompt(&model)?;
+    let prompt = if options.chat {
+        let chat = Chat::new(vec![json!({"role": "user", "content": options.prompt})]);
+        prompts.encode(&prompts.render(&chat)?, false)?
+    } else {
+        prompts.encode(&options.prompt, true)?
+    };
     let stop_tokens = if options.ignore_eos { Vec::new() } else { prompts.stop_tokens().to_vec() };
     let capacity = prompt.len() + options.max_tokens as usize;
     let mut reference = Reference::load(model, kernels, native, capacity)?;
     reference.preload()?;
     let mut sampler = Sampler::new(options.sampling(), &prompt, &stop_tokens, 0);
     let (mut scratch, mut digest) = (Scratch::default(), blake3::Hasher::new());
-    let mut detokenizer = Detokenizer::new(&prompts);
+    let mut detokenizer = Detokenizer::new(Arc::clone(prompts.vocabulary()), true);
     let mut story = Story::default();
     let (started, mut first, mut last) = (Instant::now(), None, Instant::now());
     let mut next = prompt;

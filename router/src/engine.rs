@@ -406,7 +406,8 @@ impl Live {
         }
         if self.submission.request.prompt_logprobs.is_some() && !self.prompt_told {
             self.prompt_told = true;
-            self.tell(Event::Prompt(std::mem::take(&mut self.prompt_scores)));
+            let scores = std::mem::take(&mut self.prompt_scores);
+            self.tell(Event::Prompt(scores));
         }
         let now = Instant::now();
         if self.first_token.is_none() {

@@ -58,7 +58,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let model = options.model.open()?;
     let name = model.name.clone();
     drop(model);
-    eprintln!("starting a router and {} node processes for {name} ({})", options.nodes, options.model.weights);
+    eprintln!(
+        "starting a router and {} node processes for {name} ({})",
+        options.nodes, options.model.weights
+    );
     let cluster_options = ClusterOptions { nodes: options.nodes, ..ClusterOptions::default() };
     let mut cluster = Cluster::start(&options.model, &cluster_options)?;
     let client = Client::new(cluster.http(), None);
@@ -66,9 +69,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let story = through_cluster(&client, &options.story)?;
     let nodes = client.fetch("/api/v1/nodes")?;
     let reference = if options.no_compare { None } else { Some(alone(options)?) };
-    let equal = reference.as_ref().map(|alone| {
-        alone.token_ids == story.token_ids && alone.logits_digest == story.logits_digest
-    });
+    let equal = reference
+        .as_ref()
+        .map(|alone| alone.token_ids == story.token_ids && alone.logits_digest == story.logits_digest);
 
     if options.json && !options.serve {
         cluster.stop()?;
@@ -117,7 +120,8 @@ fn through_cluster(client: &Client, options: &StoryOptions) -> anyhow::Result<St
 }
 
 fn alone(options: &Options) -> anyhow::Result<Story> {
-    story::reference(&options.model, &options.story, |_| Ok(())).context("run the single process to compare with")
+    story::reference(&options.model, &options.story, |_| Ok(()))
+        .context("run the single process to compare with")
 }
 
 fn summary(story: &Story, alone: Option<&Story>, equal: Option<bool>) -> Table {
@@ -126,7 +130,10 @@ fn summary(story: &Story, alone: Option<&Story>, equal: Option<bool>) -> Table {
     table.add_row(["tokens".to_owned(), story.token_ids.len().to_string()]);
     table.add_row(["decode".to_owned(), format!("{:.1} tokens/s", story.decode_tok_s())]);
     table.add_row(["time to first token".to_owned(), format!("{:.0} ms", output::ms(story.ttft))]);
-    table.add_row(["on the wire".to_owned(), format!("{} per token", output::bytes(story.wire_bytes_per_token()))]);
+    table.add_row([
+        "on the wire".to_owned(),
+        format!("{} per token", output::bytes(story.wire_bytes_per_token())),
+    ]);
     if let Some(alone) = alone {
         table.add_row(["single process".to_owned(), format!("{:.1} tokens/s", alone.decode_tok_s())]);
     }
@@ -155,9 +162,13 @@ fn report(options: &Options, name: &str, story: Story, equal: Option<bool>, node
 }
 
 fn serve(client: &Client, cluster: &mut Cluster, name: &str) -> anyhow::Result<()> {
-    let body = json!({"model": name, "messages": [{"role": "user", "content": "Once upon a time"}], "stream": true});
+    let body =
+        json!({"model": name, "messages": [{"role": "user", "content": "Once upon a time"}], "stream": true});
     println!("\nThe cluster stays up at {}. Try:\n", client.base());
-    println!("  curl -N {}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", client.base());
+    println!(
+        "  curl -N {}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        client.base()
+    );
     println!("  moemesh run --router {}", client.base());
     println!("\nCtrl-C ends it.");
     let processes: Vec<String> = cluster.processes().map(Process::describe).collect();

@@ -7,8 +7,8 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use model::reference::{Reference, Want};
-use router::prompt::Prompts;
 use router::sampler;
+use router::serve::open_prompt;
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -48,7 +48,7 @@ pub(crate) struct Perplexity {
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     let Command::Perplexity(options) = command;
     let model = options.model.open()?;
-    let prompts = Prompts::open(&model)?;
+    let prompts = open_prompt(&model)?;
     let text = match (&options.text, &model.directory) {
         (Some(path), _) => path.clone(),
         (None, Some(directory)) => directory.join("valid.txt"),
@@ -56,8 +56,9 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     };
     let text = std::fs::read_to_string(&text)
         .with_context(|| format!("read {}; name another text with --text", text.display()))?;
-    let tokens = prompts.encode(&text)?;
-    let windows: Vec<&[u32]> = tokens.chunks(options.window as usize).filter(|window| window.len() > 1).collect();
+    let tokens = prompts.encode(&text, false)?;
+    let windows: Vec<&[u32]> =
+        tokens.chunks(options.window as usize).filter(|window| window.len() > 1).collect();
     let windows = &windows[..options.windows.unwrap_or(windows.len()).min(windows.len())];
     ensure!(!windows.is_empty(), "the text is shorter than two tokens");
     drop(model);

@@ -50,7 +50,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let name = name.map_or_else(|| "node".to_owned(), |machine| machine.name.clone());
     let mut routers: Vec<SocketAddr> = Vec::new();
     for router in &options.router {
-        let found = router.to_socket_addrs().with_context(|| format!("find the router at '{router}' (host:port)"))?;
+        let found =
+            router.to_socket_addrs().with_context(|| format!("find the router at '{router}' (host:port)"))?;
         routers.extend(found);
     }
     ensure!(options.pace_gb_s.is_none_or(|pace| pace > 0.0), "--pace-gb-s must be above 0");

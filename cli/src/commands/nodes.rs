@@ -38,7 +38,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 pub(crate) fn table(nodes: &Value) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["node", "state", "experts", "weights", "calls", "share", "out", "in", "service", "trip", "missed"]);
+    table.set_header([
+        "node", "state", "experts", "weights", "calls", "share", "out", "in", "service", "trip", "missed",
+    ]);
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -25,7 +25,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let out = options.out.display();
     println!("wrote {out}/roster.toml, {out}/router.key and {} node keys.", options.nodes);
     println!("Copy roster.toml and one node key to each machine (a key belongs to one machine only), then");
-    println!("  on the router: moemesh router --roster roster.toml --key router.key --listen 0.0.0.0:8621 --model DIR");
-    println!("  on each node:  moemesh node --roster roster.toml --key node-1.key --router ROUTER:8621 --model DIR");
+    println!(
+        "  on the router: moemesh router --roster roster.toml --key router.key --listen 0.0.0.0:8621 --model DIR"
+    );
+    println!(
+        "  on each node:  moemesh node --roster roster.toml --key node-1.key --router ROUTER:8621 --model DIR"
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -64,7 +64,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     drop(model);
     let threads = options.cores_per_process.unwrap_or_else(|| options.model.thread_count());
     let read_gb_s = read_bandwidth_gb_s(threads);
-    let pace = options.pace_gb_s.map(|pace| vec!["--pace-gb-s".to_owned(), pace.to_string()]).unwrap_or_default();
+    let pace =
+        options.pace_gb_s.map(|pace| vec!["--pace-gb-s".to_owned(), pace.to_string()]).unwrap_or_default();
     let cluster_options = ClusterOptions {
         nodes: options.nodes,
         cores_per_process: options.cores_per_process,
@@ -116,7 +117,11 @@ fn stages(before: &Value, after: &Value, tokens: usize) -> Map<String, Value> {
         let pointer = format!("/router/stages_us/{name}");
         (number(after, &pointer) - number(before, &pointer)) / tokens as f64
     };
-    stages.into_iter().flat_map(Map::keys).map(|name| (name.clone(), json!(per_token(name).round()))).collect()
+    stages
+        .into_iter()
+        .flat_map(Map::keys)
+        .map(|name| (name.clone(), json!(per_token(name).round())))
+        .collect()
 }
 
 /// Sends a prompt of arbitrary tokens and times the stream.
@@ -155,10 +160,20 @@ fn print(report: &Value, profile: bool) {
     table.add_row(["prefill".to_owned(), format!("{:.1} tokens/s", value("prefill_tok_s"))]);
     table.add_row([
         "memory limit".to_owned(),
-        format!("{limit:.1} tokens/s at {:.1} GB/s ({:.0} %)", value("read_gb_s"), 100.0 * value("decode_tok_s") / limit),
+        format!(
+            "{limit:.1} tokens/s at {:.1} GB/s ({:.0} %)",
+            value("read_gb_s"),
+            100.0 * value("decode_tok_s") / limit
+        ),
     ]);
-    table.add_row(["weights".to_owned(), format!("{} per token", output::bytes(value("weights_bytes_per_token") as u64))]);
-    table.add_row(["wire".to_owned(), format!("{} per token", output::bytes(value("wire_bytes_per_token") as u64))]);
+    table.add_row([
+        "weights".to_owned(),
+        format!("{} per token", output::bytes(value("weights_bytes_per_token") as u64)),
+    ]);
+    table.add_row([
+        "wire".to_owned(),
+        format!("{} per token", output::bytes(value("wire_bytes_per_token") as u64)),
+    ]);
     for (name, bytes) in report["rss_bytes"].as_object().into_iter().flatten() {
         table.add_row([format!("memory of {name}"), output::bytes(bytes.as_u64().unwrap_or(0))]);
     }
