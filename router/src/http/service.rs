@@ -1,7 +1,7 @@
 //! What every endpoint shares: the engine, the model's prompt files, keys, counters, identity.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
 use axum::http::Response;
@@ -141,9 +141,4 @@ pub(super) fn json_response(value: &Value) -> Response<Body> {
 /// Seconds since 1970.
 pub(super) fn unix_seconds(at: SystemTime) -> u64 {
     at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// Milliseconds since `start`.
-pub(super) fn milliseconds(start: Instant, end: Instant) -> f64 {
-    end.saturating_duration_since(start).as_secs_f64() * 1e3
 }

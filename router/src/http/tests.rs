@@ -467,7 +467,7 @@ fn parameters_out_of_range_are_named() {
         ("seed", json!(1e30)),
         ("stop", json!("")),
         ("stop", json!([""])),
-        ("stop", json!(["a"; 17])),
+        ("stop", json!(vec!["a"; 17])),
         ("stop", json!("x".repeat(2000))),
         ("stop", json!(7)),
         ("logit_bias", json!({"9999": 1})),
