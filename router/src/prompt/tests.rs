@@ -91,12 +91,16 @@ fn token_ids_and_streams_equal_those_of_the_tokenizers_library() {
             assert_eq!(prompt.encode(text, false).unwrap(), ids, "{name}");
         }
         assert_eq!(case["decoded"], prompt.decode(&ids, true), "{name}");
-        assert_eq!(case["decoded_with_special"], prompt.decode(&ids, false), "{name}");
+        if let Some(whole) = case["decoded_with_special"].as_str() {
+            assert_eq!(prompt.decode(&ids, false), whole, "{name}");
+        }
         let mut detokenizer = Detokenizer::new(prompt.vocabulary().clone(), true);
         let pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id)).collect();
-        let expected: Vec<String> = serde_json::from_value(case["stream"].clone()).unwrap();
-        assert_eq!(pieces, expected, "{name}");
-        assert_eq!(case["decoded"], pieces.concat() + &detokenizer.finish(), "{name}");
+        if case["text"].is_string() {
+            let expected: Vec<String> = serde_json::from_value(case["stream"].clone()).unwrap();
+            assert_eq!(pieces, expected, "{name}");
+        }
+        assert_eq!(prompt.decode(&ids, true), pieces.concat() + &detokenizer.finish(), "{name}");
     }
 }
 
