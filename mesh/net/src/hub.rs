@@ -256,13 +256,10 @@ impl Hub {
     pub fn send(&self, node: NodeIndex, lane: Lane, call: OutgoingCall) -> PendingCall {
         let slot = Slot::new(&call, Instant::now());
         let pending = PendingCall::new(Arc::clone(&slot), self.spin);
-        let outcome = self.shared.seats.get(usize::from(node)).ok_or(CallError::Gone).and_then(|seat| {
-            let link = seat.link().clone().ok_or(CallError::Gone)?;
-            let job = Job::new(Arc::clone(&slot), call, Arc::clone(&seat.tally));
-            link.queue(lane).push(job)
-        });
-        if let Err(error) = outcome {
-            slot.complete(Err(error));
+        let seat = self.shared.seats.get(usize::from(node));
+        match seat.and_then(|seat| Some((seat.link().clone()?, &seat.tally))) {
+            Some((link, tally)) => link.queue(lane).push(Job::new(slot, call, Arc::clone(tally))),
+            None => drop(slot.complete(Err(CallError::Gone))),
         }
         pending
     }

@@ -87,6 +87,13 @@ impl Job {
     }
 }
 
+impl Job {
+    /// Ends a call that was never sent.
+    fn fail(self, error: CallError) {
+        self.slot.complete(Err(error));
+    }
+}
+
 impl Drop for Job {
     fn drop(&mut self) {
         self.tally.end(self.slot.assignments);
@@ -114,19 +121,20 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a call; `Full` or `Gone` where it cannot. Never blocks for longer than another push.
-    pub(crate) fn push(&self, job: Job) -> Result<(), CallError> {
+    /// Adds a call, or fails it where it cannot. Never blocks for longer than another push.
+    pub(crate) fn push(&self, job: Job) {
         let mut waiting = self.waiting();
         if waiting.closed {
-            return Err(CallError::Gone);
+            drop(waiting);
+            job.fail(CallError::Gone);
+        } else if waiting.jobs.len() >= QUEUE_CALLS_MAX {
+            drop(waiting);
+            job.fail(CallError::Full);
+        } else {
+            waiting.jobs.push_back(job);
+            drop(waiting);
+            self.ready.notify_one();
         }
-        if waiting.jobs.len() >= QUEUE_CALLS_MAX {
-            return Err(CallError::Full);
-        }
-        waiting.jobs.push_back(job);
-        drop(waiting);
-        self.ready.notify_one();
-        Ok(())
     }
 
     /// Fails everything that waits and everything that will come.

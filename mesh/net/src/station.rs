@@ -220,6 +220,12 @@ impl Drop for ReplySink {
     }
 }
 
+/// A sink, and where its answer arrives.
+pub(crate) fn sink(call: u64, deadline: Instant, pool: &Pool) -> (ReplySink, oneshot::Receiver<Buffer>) {
+    let (answer, receiver) = oneshot::channel();
+    (ReplySink { call, deadline, pool: pool.clone(), answer: Some(answer) }, receiver)
+}
+
 fn refusal_frame(pool: &Pool, call: u64, refusal: Refusal, detail: &str) -> Result<Buffer, FrameError> {
     let refused = CallRefused { call, refusal, detail: detail.to_owned() };
     Message::CallRefused(refused).encode(pool)
@@ -258,7 +264,7 @@ impl Station {
 }
 
 /// How long to pause after `attempt` failed rounds: doubling, plus or minus a quarter by this node's own dice.
-fn pause(id: NodeId, attempt: u32) -> Duration {
+pub(crate) fn pause(id: NodeId, attempt: u32) -> Duration {
     let whole = PAUSE_FIRST.saturating_mul(1 << attempt.min(10)).min(PAUSE_MAX);
     let dice = blake3::Hasher::new().update(&id.0).update(&attempt.to_le_bytes()).finalize();
     let part = f64::from(dice.as_bytes()[0]) / 255.0;
@@ -513,15 +519,8 @@ impl Node {
     }
 
     fn hand_over(&self, call: Call, received: Instant) -> oneshot::Receiver<Buffer> {
-        let (answer, receiver) = oneshot::channel();
-        let head = call.head();
-        let budget = Duration::from_micros(u64::from(head.budget_us));
-        let sink = ReplySink {
-            call: head.call,
-            deadline: received + budget,
-            pool: self.config.pool.clone(),
-            answer: Some(answer),
-        };
+        let budget = Duration::from_micros(u64::from(call.head().budget_us));
+        let (sink, receiver) = sink(call.head().call, received + budget, &self.config.pool);
         self.service.call(call, sink);
         receiver
     }

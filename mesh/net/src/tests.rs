@@ -1,1 +1,7 @@
-//! x
+//! Router and nodes over real QUIC on loopback. Nothing here sleeps: every test waits for the event it is about.
+
+mod calls;
+mod files;
+mod harness;
+mod hostile;
+mod trust;

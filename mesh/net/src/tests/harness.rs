@@ -1,0 +1,310 @@
+//! A cluster in one process: a hub, stations with scripted services, and a raw node that can say anything.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mesh_proto::facts::ModelFacts;
+use mesh_wire::buffer::{Buffer, Pool};
+use mesh_wire::call::{Assignment, Call, CallDraft, CallHead, OutgoingCall};
+use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
+use mesh_wire::frame::{HEADER_BYTES, Header, Op};
+use mesh_wire::message::Message;
+use mesh_wire::payload::RowFormat;
+use mesh_wire::reply::{ReplyHead, Row, encode_sums};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
+use tokio::runtime::Runtime;
+
+use crate::endpoint;
+use crate::hub::{Hub, HubConfig, Lane};
+use crate::identity::Identity;
+use crate::pending::PendingCall;
+use crate::roster::{Machine, Roster};
+use crate::station::{NodeService, ReplySink, Station, StationConfig, StationError, Stop};
+use crate::stream::{read_frame, write_frame};
+use crate::tls::SERVER_NAME;
+
+/// Longer than anything here takes, on the slowest machine: reached only where a test fails.
+pub(super) const LONG: Duration = Duration::from_secs(60);
+
+/// Budget of calls that are meant to be answered.
+pub(super) const LONG_US: u32 = 60_000_000;
+
+pub(super) const MODEL: [u8; 32] = [7; 32];
+
+pub(super) fn listen_anywhere() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+pub(super) struct Keys {
+    pub(super) router: Identity,
+    pub(super) nodes: Vec<Identity>,
+    pub(super) roster: Roster,
+}
+
+pub(super) fn keys(nodes: usize) -> Keys {
+    let router = Identity::generate().unwrap();
+    let nodes: Vec<_> = (0..nodes).map(|_| Identity::generate().unwrap()).collect();
+    let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
+    let roster = Roster {
+        cluster: "test".into(),
+        router: machine("router".into(), &router),
+        nodes: nodes.iter().enumerate().map(|(at, node)| machine(format!("node-{at}"), node)).collect(),
+    };
+    Keys { router, nodes, roster }
+}
+
+pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
+    let facts =
+        ModelFacts { fingerprint: MODEL, moe_layers: vec![0, 1], experts: 4, expert_bytes: 100, top_k: 2 };
+    HubConfig { listen, ..HubConfig::new(keys.router.clone(), keys.roster.clone(), facts) }
+}
+
+pub(super) fn hub(keys: &Keys) -> Hub {
+    Hub::start(hub_config(keys, listen_anywhere())).unwrap()
+}
+
+pub(super) fn hello() -> Hello {
+    Hello {
+        name: "node".into(),
+        version: "0".into(),
+        model: MODEL,
+        memory_bytes: 1 << 30,
+        threads: 1,
+        exact: true,
+        kernels: "none".into(),
+        weight_mb_s: [1000; 5],
+        held_epoch: 0,
+    }
+}
+
+/// What a scripted node does with a call, by its layer.
+pub(super) mod layer {
+    pub(crate) const ANSWER: u16 = 0;
+    pub(crate) const REFUSE: u16 = 1;
+    /// Keeps the sink and never answers.
+    pub(crate) const SILENT: u16 = 2;
+    /// Drops the sink.
+    pub(crate) const DROP: u16 = 3;
+    /// Is answered only once another such call has arrived.
+    pub(crate) const PAIR: u16 = 4;
+}
+
+/// Computes on its own thread, as a node does.
+pub(super) struct Service {
+    work: Mutex<Sender<(Call, ReplySink)>>,
+    pub(super) calls: Arc<AtomicU64>,
+}
+
+impl Service {
+    pub(super) fn start() -> Arc<Service> {
+        let (work, inbox) = channel();
+        let calls = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&calls);
+        std::thread::spawn(move || compute(&inbox, &counter));
+        Arc::new(Service { work: Mutex::new(work), calls })
+    }
+}
+
+fn compute(inbox: &Receiver<(Call, ReplySink)>, calls: &AtomicU64) {
+    let mut kept = Vec::new();
+    let mut waiting: Option<(Call, ReplySink)> = None;
+    while let Ok((call, sink)) = inbox.recv() {
+        calls.fetch_add(1, Ordering::SeqCst);
+        match call.head().layer {
+            layer::ANSWER => answer(&call, sink),
+            layer::REFUSE => sink.refuse(Refusal::UnknownExpert, "expert 3 of layer 1 is not here"),
+            layer::SILENT => kept.push(sink),
+            layer::DROP => drop(sink),
+            layer::PAIR => match waiting.take() {
+                None => waiting = Some((call, sink)),
+                Some((first, first_sink)) => {
+                    answer(&call, sink);
+                    answer(&first, first_sink);
+                }
+            },
+            other => panic!("no script for layer {other}"),
+        }
+    }
+}
+
+/// Row `r` of the answer is `r + sum of the experts assigned to it`, in every column.
+pub(super) fn reply_to(pool: &Pool, call: &Call) -> Buffer {
+    let head = *call.head();
+    let sum = |row: u32| {
+        let experts = call.view().assignments().iter().filter(|a| a.row == row).map(|a| i32::from(a.expert));
+        row as i32 + experts.sum::<i32>()
+    };
+    let sums: Vec<_> = (0..head.rows).map(|row| vec![sum(row); head.hidden as usize]).collect();
+    let rows: Vec<_> = sums.iter().map(|row| Some(&row[..])).collect();
+    encode_sums(pool, ReplyHead { call: head.call, service_us: 5, hidden: head.hidden }, &rows).unwrap()
+}
+
+fn answer(call: &Call, sink: ReplySink) {
+    let reply = reply_to(sink.pool(), call);
+    sink.complete(reply);
+}
+
+impl NodeService for Service {
+    fn hello(&self) -> Hello {
+        hello()
+    }
+
+    fn place(&self, placement: Placement) -> Placed {
+        Placed { epoch: placement.epoch, weight_bytes: 100, refusal: String::new() }
+    }
+
+    fn call(&self, call: Call, sink: ReplySink) {
+        self.work.lock().unwrap().send((call, sink)).unwrap();
+    }
+
+    fn health(&self) -> Health {
+        Health { epoch: 1, calls: 0, rows: 0, busy_us: 0, queued: 0, resident_bytes: 1 }
+    }
+}
+
+/// A station on a thread of its own; stopped and joined when dropped.
+pub(super) struct Running {
+    pub(super) stop: Stop,
+    pub(super) pool: Pool,
+    pub(super) service: Arc<Service>,
+    thread: Option<JoinHandle<Result<(), StationError>>>,
+}
+
+impl Running {
+    pub(super) fn start(keys: &Keys, node: usize, routers: Vec<SocketAddr>) -> Running {
+        let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
+        let config = StationConfig {
+            identity: keys.nodes[node].clone(),
+            roster: keys.roster.clone(),
+            routers,
+            pool: pool.clone(),
+        };
+        let stop = Stop::new();
+        let service = Service::start();
+        let (for_thread, stop_there) = (Arc::clone(&service), stop.clone());
+        let thread = std::thread::spawn(move || Station::run(config, for_thread, &stop_there));
+        Running { stop, pool, service, thread: Some(thread) }
+    }
+
+    pub(super) fn join(&mut self) -> Result<(), StationError> {
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.trigger();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap().unwrap();
+        }
+    }
+}
+
+/// One hub and one station that answers, ready.
+pub(super) fn pair() -> (Hub, Running) {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let station = Running::start(&keys, 0, vec![hub.local_addr()]);
+    assert!(hub.wait_ready(1, LONG));
+    (hub, station)
+}
+
+static CALLS: AtomicU64 = AtomicU64::new(1);
+
+/// A call of `rows` rows for the script of this layer.
+pub(super) fn outgoing(pool: &Pool, layer: u16, rows: u32, budget_us: u32) -> OutgoingCall {
+    let call = CALLS.fetch_add(1, Ordering::SeqCst);
+    let head =
+        CallHead { call, step: 1, epoch: 1, budget_us, layer, format: RowFormat::Int8, hidden: 100, rows };
+    let assignments: Vec<_> =
+        (0..rows).flat_map(|row| [Assignment::new(row, 1, 0.5), Assignment::new(row, 3, 0.5)]).collect();
+    CallDraft::new(pool, head, &assignments).unwrap().finish()
+}
+
+pub(super) fn send(hub: &Hub, layer: u16, rows: u32, budget_us: u32) -> PendingCall {
+    let lane = if rows > 16 { Lane::Prefill } else { Lane::Decode };
+    hub.send(0, lane, outgoing(hub.pool(), layer, rows, budget_us))
+}
+
+/// Calls and checks that every number of the reply is right.
+pub(super) fn call_and_check(hub: &Hub, rows: u32) {
+    let reply = send(hub, layer::ANSWER, rows, LONG_US).wait().unwrap();
+    assert_eq!(reply.view().row_count(), rows as usize);
+    for (row, sums) in reply.view().rows().enumerate() {
+        assert_eq!(sums, Row::I16(&[row as i16 + 4; 100]));
+    }
+}
+
+/// A node whose every byte the test writes. Its endpoint runs on threads of its own.
+pub(super) struct RawNode {
+    pub(super) runtime: Runtime,
+    pub(super) endpoint: Endpoint,
+    pub(super) connection: Connection,
+    pub(super) control: (SendStream, RecvStream),
+    pub(super) pool: Pool,
+}
+
+pub(super) fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+impl RawNode {
+    /// Connects, without a hello.
+    pub(super) fn connect(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
+        let runtime = runtime();
+        let (endpoint, connection, control) = runtime.block_on(async {
+            let endpoint = endpoint::dialer(&keys.nodes[node], keys.roster.router.key, false).unwrap();
+            let connection = endpoint.connect(router, SERVER_NAME).unwrap().await.unwrap();
+            let control = connection.open_bi().await.unwrap();
+            (endpoint, connection, control)
+        });
+        RawNode { runtime, endpoint, connection, control, pool: Pool::new(64 << 20) }
+    }
+
+    /// Connects, introduces itself and holds what it is told to.
+    pub(super) fn join(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
+        let mut raw = RawNode::connect(keys, node, router);
+        raw.say(&Message::Hello(hello()));
+        let Message::Placement(placement) = raw.hear(Op::Placement) else { panic!("not a placement") };
+        let placed = Placed { epoch: placement.epoch, weight_bytes: 1, refusal: String::new() };
+        raw.say(&Message::Placed(placed));
+        raw
+    }
+
+    pub(super) fn say(&mut self, message: &Message) {
+        let frame = message.encode(&self.pool).unwrap();
+        self.runtime.block_on(write_frame(&mut self.control.0, frame)).unwrap();
+    }
+
+    pub(super) fn hear(&mut self, op: Op) -> Message {
+        let frame = self.runtime.block_on(read_frame(&mut self.control.1, &self.pool, &[op]));
+        Message::decode(&frame.unwrap().unwrap()).unwrap()
+    }
+
+    /// The next lane the router opens, and the call on it.
+    pub(super) fn accept_call(&self) -> (SendStream, RecvStream, Call) {
+        self.runtime.block_on(async {
+            let (send, mut recv) = self.connection.accept_bi().await.unwrap();
+            let call = read_call(&mut recv, &self.pool).await;
+            (send, recv, call)
+        })
+    }
+
+    pub(super) fn write(&self, stream: &mut SendStream, bytes: &[u8]) {
+        self.runtime.block_on(stream.write_all(bytes)).unwrap();
+    }
+}
+
+pub(super) async fn read_call(recv: &mut RecvStream, pool: &Pool) -> Call {
+    Call::parse(read_frame(recv, pool, &[Op::Call]).await.unwrap().unwrap()).unwrap()
+}
+
+/// A frame with this body, for bodies no builder would write.
+pub(super) fn frame(op: Op, body: &[u8]) -> Vec<u8> {
+    let header: [u8; HEADER_BYTES] = Header::new(op, body.len()).unwrap().to_bytes();
+    [&header[..], body].concat()
+}

@@ -1,0 +1,150 @@
+//! A node that was admitted and then says anything: every frame ends in an error, and the router goes on.
+
+use mesh_wire::control::Health;
+use mesh_wire::frame::{HEADER_BYTES, Op};
+use mesh_wire::message::Message;
+use mesh_wire::reply::{ReplyHead, encode_sums};
+use quinn::ConnectionError;
+
+use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, send};
+use crate::hub::Hub;
+use crate::pending::CallError;
+
+/// Sends `answer(call)` to a call and returns what the router made of it.
+fn answered_with(
+    hub: &Hub,
+    raw: &RawNode,
+    answer: impl FnOnce(&mesh_wire::call::Call) -> Vec<u8>,
+) -> CallError {
+    let pending = send(hub, layer::ANSWER, 2, LONG_US);
+    let (mut stream, _recv, call) = raw.accept_call();
+    raw.write(&mut stream, &answer(&call));
+    pending.wait().unwrap_err()
+}
+
+fn rejected(error: CallError, part: &str) {
+    let CallError::Rejected { reason } = error else { panic!("{error:?} instead of a rejection") };
+    assert!(reason.contains(part), "{reason:?} does not contain {part:?}");
+}
+
+#[test]
+fn malformed_replies_are_refused_by_name_and_the_node_goes_on() {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let raw = RawNode::join(&keys, 0, hub.local_addr());
+    assert!(hub.wait_ready(1, LONG));
+    let pool = &raw.pool;
+    let with_rows = |call: &mesh_wire::call::Call, rows: usize, hidden: u32| {
+        let sums = vec![1; hidden as usize];
+        let head = ReplyHead { call: call.head().call, service_us: 1, hidden };
+        encode_sums(pool, head, &vec![Some(&sums[..]); rows]).unwrap().frame().to_vec()
+    };
+    let raw = &raw;
+    let hub = &hub;
+    rejected(answered_with(hub, raw, |call| with_rows(call, 3, 100)), "a reply of 3 x 100");
+    rejected(answered_with(hub, raw, |call| with_rows(call, 2, 101)), "a reply of 2 x 101");
+    rejected(answered_with(hub, raw, |_| frame(Op::Reply, &[0xff; 200])), "not a valid Reply");
+    rejected(answered_with(hub, raw, |_| frame(Op::Reply, &[])), "not a valid Reply");
+    rejected(answered_with(hub, raw, |_| frame(Op::Health, &[0; 64])), "does not belong");
+    rejected(answered_with(hub, raw, |_| vec![0xff; HEADER_BYTES]), "operation code 65535");
+    rejected(answered_with(hub, raw, |_| vec![1, 0, 0, 0, 2, 0, 1, 0]), "reserved header bits");
+    let pool_before = hub.counters().pool;
+    rejected(answered_with(hub, raw, |_| vec![0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0]), "the limit is");
+    // The call took a buffer; the four gigabytes announced did not.
+    let pool_after = hub.counters().pool;
+    assert!(pool_after.bytes <= pool_before.bytes + (8 << 10), "{pool_before:?} {pool_after:?}");
+    let cut = answered_with(hub, raw, |call| {
+        let reply = reply_to(pool, call);
+        let mut bytes = reply.frame().to_vec();
+        let length = bytes.len() as u32 - HEADER_BYTES as u32 - 64;
+        bytes[..4].copy_from_slice(&length.to_le_bytes());
+        bytes
+    });
+    rejected(cut, "not a valid Reply");
+    // Still trusted with the next frame, as long as the cluster trusts it with calls.
+    let pending = send(hub, layer::ANSWER, 2, LONG_US);
+    let (mut stream, _recv, call) = raw.accept_call();
+    raw.write(&mut stream, reply_to(pool, &call).frame());
+    pending.wait().unwrap();
+    let counters = hub.nodes()[0].counters;
+    assert_eq!((counters.rejected, counters.answered), (9, 1));
+}
+
+#[test]
+fn a_stream_that_ends_within_a_reply_fails_the_call() {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let raw = RawNode::join(&keys, 0, hub.local_addr());
+    assert!(hub.wait_ready(1, LONG));
+    for keep in [0, 1, HEADER_BYTES, HEADER_BYTES + 40] {
+        let pending = send(&hub, layer::ANSWER, 2, LONG_US);
+        let (mut stream, _recv, call) = raw.accept_call();
+        raw.write(&mut stream, &reply_to(&raw.pool, &call).frame()[..keep]);
+        stream.finish().unwrap();
+        let error = pending.wait().unwrap_err();
+        let expected = if keep == 0 { matches!(error, CallError::Gone) } else { true };
+        assert!(expected && !matches!(error, CallError::Late), "{keep}: {error:?}");
+    }
+}
+
+#[test]
+fn a_node_that_answers_calls_nobody_made_is_stopped() {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let raw = RawNode::join(&keys, 0, hub.local_addr());
+    assert!(hub.wait_ready(1, LONG));
+    let invented = encode_sums(&raw.pool, ReplyHead { call: 0, service_us: 1, hidden: 1 }, &[Some(&[1])]);
+    let invented = invented.unwrap().frame().to_vec();
+    rejected(answered_with(&hub, &raw, |_| invented.repeat(9)), "calls that nobody made");
+    assert_eq!(hub.nodes()[0].counters.stale, 9);
+}
+
+#[test]
+fn nonsense_on_the_control_stream_ends_the_connection_and_nothing_else() {
+    let keys = keys(2);
+    let hub = hub(&keys);
+    let garbage = [
+        frame(Op::Placed, &[0xff; 100]),
+        frame(Op::Hello, &[0; 8]),
+        frame(Op::Placement, &[0; 64]),
+        vec![0xff; 64],
+        // Longer than a health report may be.
+        vec![0xff, 0xff, 0, 0, Op::Health as u8, 0, 0, 0],
+    ];
+    for bytes in garbage {
+        let mut raw = RawNode::connect(&keys, 0, hub.local_addr());
+        raw.say(&Message::Hello(hello()));
+        raw.runtime.block_on(raw.control.0.write_all(&bytes)).unwrap();
+        let closed = raw.runtime.block_on(raw.connection.closed());
+        assert!(matches!(closed, ConnectionError::ApplicationClosed(_)), "{closed:?}");
+    }
+    // And as the very first message.
+    for bytes in [frame(Op::Health, &[0; 64]), frame(Op::Hello, &[1; 64]), vec![0xff; 64]] {
+        let mut raw = RawNode::connect(&keys, 0, hub.local_addr());
+        raw.runtime.block_on(raw.control.0.write_all(&bytes)).unwrap();
+        let closed = raw.runtime.block_on(raw.connection.closed());
+        assert!(matches!(closed, ConnectionError::ApplicationClosed(_)), "{closed:?}");
+    }
+    let mut raw = RawNode::connect(&keys, 0, hub.local_addr());
+    raw.say(&Message::Hello(hello()));
+    let health = Health { epoch: 0, calls: 1, rows: 2, busy_us: 3, queued: 4, resident_bytes: 5 };
+    raw.say(&Message::Health(health));
+    let heard = |cluster: &mesh_proto::cluster::Cluster| cluster.status(0).unwrap().health == Some(health);
+    assert!(hub.wait_until(LONG, heard));
+}
+
+#[test]
+fn a_node_that_never_reads_its_lanes_is_late_and_cannot_grow_the_router() {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let raw = RawNode::join(&keys, 0, hub.local_addr());
+    assert!(hub.wait_ready(1, LONG));
+    // More bytes than windows hold and more streams than there are.
+    for _ in 0..30 {
+        let error = send(&hub, layer::ANSWER, 4096, 10_000).wait().unwrap_err();
+        assert_eq!(error, CallError::Late);
+    }
+    let pool = hub.counters().pool;
+    assert!(pool.bytes <= 64 << 20, "{pool:?}");
+    assert!(raw.connection.close_reason().is_none());
+}
