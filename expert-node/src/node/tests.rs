@@ -144,7 +144,13 @@ fn first_sum(outcome: Result<Reply, CallError>) -> i32 {
 #[test]
 fn a_node_that_joins_late_takes_over_while_both_epochs_are_served() {
     let mesh = mesh(2, 1, Arc::new(FakeSource::default()));
-    let first = mesh.start(0, Arc::new(FakeKernels::default()));
+    // At a pace that both reach, so that they are equally fast and share equally.
+    let start = |node| {
+        let config = mesh.config(node, Arc::new(FakeKernels::default()));
+        ExpertNode::start(NodeConfig { pace_gb_s: Some(0.01), ..config }).unwrap()
+    };
+    let first = start(0);
+    assert_eq!(first.hello().weight_mb_s[0], 10);
     assert!(mesh.hub.wait_ready(1, PATIENCE));
     assert_eq!(mesh.experts(0, 1), (0..8).collect::<Vec<_>>());
     let old = mesh.hub.routes().epoch;
@@ -154,7 +160,7 @@ fn a_node_that_joins_late_takes_over_while_both_epochs_are_served() {
     // Expert 7 of layer 1 is seventeens.
     assert_eq!(first_sum(ask(0, old, 1, 7, 1.0)), 34);
 
-    let second = mesh.start(1, Arc::new(FakeKernels::default()));
+    let second = start(1);
     assert!(mesh.hub.wait_until(PATIENCE, |cluster| cluster.epoch() > old && cluster.settled()));
     let new = mesh.hub.routes().epoch;
     assert_eq!((mesh.experts(0, 1).len(), mesh.experts(1, 1).len()), (4, 4));
