@@ -134,7 +134,7 @@ impl ExpertNode {
         })?;
         let NodeConfig { identity, roster, routers, .. } = config;
         let station = StationConfig { identity, roster, routers, pool };
-        let ended = CloseOnDrop(Arc::clone(&queue));
+        let ended = CloseOnDrop { queue: Arc::clone(&queue), shard: Arc::clone(&shard) };
         let (calls, stopped) = (Arc::clone(&service), stop.clone());
         let network = spawn("network", move || {
             let _ended = ended;
@@ -167,7 +167,7 @@ impl ExpertNode {
         }
     }
 
-    /// Ends it from any thread (a signal's, say): `clone` this and `trigger` it.
+    /// Ends it like `shutdown` when triggered, from any thread: for signals.
     pub fn stop(&self) -> Stop {
         self.stop.clone()
     }
@@ -175,7 +175,6 @@ impl ExpertNode {
     /// Begins to end it: says goodbye to the router, refuses what waits. `join` waits for that.
     pub fn shutdown(&self) {
         self.stop.trigger();
-        self.shard.end();
     }
 
     /// Waits until it has ended, by `shutdown` or by itself.
@@ -206,12 +205,16 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Ends the worker when the network ends.
-struct CloseOnDrop(Arc<Queue>);
+/// Ends the worker, and a load that is going on, when the network ends.
+struct CloseOnDrop {
+    queue: Arc<Queue>,
+    shard: Arc<Shard>,
+}
 
 impl Drop for CloseOnDrop {
     fn drop(&mut self) {
-        for job in self.0.close() {
+        self.shard.end();
+        for job in self.queue.close() {
             job.answer.refuse(Refusal::Stopping, "the node is shutting down");
         }
     }

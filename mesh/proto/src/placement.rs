@@ -17,6 +17,11 @@ use mesh_wire::id::ExpertKey;
 use crate::facts::ModelFacts;
 use crate::routes::NodeIndex;
 
+/// Nodes at least this fraction (2/3) as fast as the fastest count as equally fast: a bandwidth measured in
+/// a few milliseconds varies by as much between equal machines, and between two starts of the same one. A split by
+/// noise would only move experts about.
+const LEVEL: (u64, u64) = (2, 3);
+
 /// What a node can take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capacity {
@@ -120,19 +125,18 @@ pub fn plan(facts: &ModelFacts, nodes: &[Capacity], previous: Option<&Plan>) -> 
 /// Nodes whose fair share exceeds their room are filled, and what they leave is shared again by the others, until
 /// nobody overflows (water-filling). Fractions go to the largest remainders.
 fn quotas(facts: &ModelFacts, nodes: &[Capacity], wanted: u64) -> Vec<u64> {
-    let measured = nodes.iter().all(|node| node.weight_mb_s > 0);
-    let weight =
-        |node: &Capacity| u128::from(if measured { u64::from(node.weight_mb_s) } else { node.memory_bytes });
+    let weights = weights(nodes);
+    let weight = |node: usize| weights[node];
     let room: Vec<u64> = nodes.iter().map(|node| node.experts(facts).min(wanted)).collect();
     let mut quotas = vec![0; nodes.len()];
     let mut open: Vec<usize> = (0..nodes.len()).filter(|node| room[*node] > 0).collect();
     let mut left = wanted;
     loop {
-        let total: u128 = open.iter().map(|node| weight(&nodes[*node])).sum();
+        let total: u128 = open.iter().map(|node| weight(*node)).sum();
         if total == 0 {
             return quotas;
         }
-        let share = |node: usize| u128::from(left) * weight(&nodes[node]);
+        let share = |node: usize| u128::from(left) * weight(node);
         let (full, rest): (Vec<usize>, Vec<usize>) =
             open.iter().partition(|node| share(**node) >= u128::from(room[**node]) * total);
         if full.is_empty() {
@@ -155,6 +159,15 @@ fn quotas(facts: &ModelFacts, nodes: &[Capacity], wanted: u64) -> Vec<u64> {
         }
         open = rest;
     }
+}
+
+/// What the split is in proportion to: the bandwidths where every node has one, else the memories.
+fn weights(nodes: &[Capacity]) -> Vec<u128> {
+    let fastest = nodes.iter().map(|node| u64::from(node.weight_mb_s)).max().unwrap_or(0);
+    let level = |speed: u64| if speed * LEVEL.1 >= fastest * LEVEL.0 { fastest } else { speed };
+    let measured = nodes.iter().all(|node| node.weight_mb_s > 0);
+    let weight = |node: &Capacity| if measured { level(node.weight_mb_s.into()) } else { node.memory_bytes };
+    nodes.iter().map(|node| u128::from(weight(node))).collect()
 }
 
 /// `[node][slot of moe_layers]`: each node's quota spread over the layers, floor or ceiling of the mean in each,
