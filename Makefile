@@ -60,20 +60,21 @@ doc: setup
 	$(CARGO) doc --release --workspace --no-deps
 
 # bin/ finds lib/ by the rpath $ORIGIN/../lib that .cargo/config.toml links in. The linker script libtorch.so is for
-# linking only.
+# linking only. The program without libtorch comes first, so that target/release/moemesh ends as `make demo` has it.
 dist: setup
+	@rm -rf $(DIST) && mkdir -p $(DIST)/moemesh/bin $(DIST)/moemesh/lib
+	@echo "==> building moemesh without libtorch"
+	@$(CARGO) build --release -p moemesh --no-default-features
+	@cp $(TARGET_DIR)/release/moemesh $(DIST)/moemesh-native-$(ARCH)
 	@echo "==> building moemesh"
 	@$(CARGO) build --release -p moemesh
-	@rm -rf $(DIST) && mkdir -p $(DIST)/moemesh/bin $(DIST)/moemesh/lib
 	@cp $(TARGET_DIR)/release/moemesh $(DIST)/moemesh/bin/
+	@echo "==> packing"
 	@for lib in .libtorch/lib/*.so* .libtorch/lib/*.dylib; do \
 		case $$lib in *'*'*|*/libtorch_python*|*/libshm*) continue;; esac; \
 		if head -c 5 "$$lib" | grep -q INPUT; then continue; fi; \
-		cp -L "$$lib" $(DIST)/moemesh/lib/; \
+		cp -L "$$lib" $(DIST)/moemesh/lib/ || exit 1; \
 	done
 	@cp LICENSE LICENSE-APACHE LICENSE-MIT README.md $(DIST)/moemesh/
 	@tar -C $(DIST) -cf $(DIST)/moemesh-$(ARCH).tar moemesh
-	@echo "==> building moemesh without libtorch"
-	@$(CARGO) build --release -p moemesh --no-default-features --target-dir $(TARGET_DIR)/native
-	@cp $(TARGET_DIR)/native/release/moemesh $(DIST)/moemesh-native-$(ARCH)
 	@ls -l $(DIST)/moemesh-$(ARCH).tar $(DIST)/moemesh-native-$(ARCH)
