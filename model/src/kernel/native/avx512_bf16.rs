@@ -33,6 +33,12 @@ macro_rules! by_rows {
     };
 }
 
+/// Unrolls by hand: LLVM would keep the accumulators of the fourth row in memory.
+macro_rules! each_row {
+    ($n:expr, $i:ident, $b:block) => { each_row!(@ $n, $i, $b, 0 1 2 3) };
+    (@ $n:expr, $i:ident, $b:block, $($k:literal)*) => { $( if $k < $n { let $i: usize = $k; $b } )* };
+}
+
 /// Four weight rows of a block and where to fetch ahead (bytes; 0: nowhere).
 #[derive(Clone, Copy)]
 struct Four<'a> {
@@ -81,18 +87,17 @@ fn dots<const R: usize>(four: Four<'_>, x: [InputRow<'_>; R], first: usize, last
             let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(bytes.cast()) });
             wide[c] = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits));
         }
-        for r in 0..R {
+        each_row!(R, r, {
             // SAFETY: 64 bytes are readable; the load has no alignment demand.
             let values = unsafe { _mm512_loadu_ps(x[r][k].as_ptr()) };
-            for c in 0..OUT {
-                acc[r][c] = _mm512_fmadd_ps(wide[c], values, acc[r][c]);
-            }
-        }
+            acc[r][0] = _mm512_fmadd_ps(wide[0], values, acc[r][0]);
+            acc[r][1] = _mm512_fmadd_ps(wide[1], values, acc[r][1]);
+            acc[r][2] = _mm512_fmadd_ps(wide[2], values, acc[r][2]);
+            acc[r][3] = _mm512_fmadd_ps(wide[3], values, acc[r][3]);
+        });
     }
     let mut out = [_mm_setzero_ps(); R];
-    for r in 0..R {
-        out[r] = reduce(acc[r]);
-    }
+    each_row!(R, r, { out[r] = reduce(acc[r]) });
     out
 }
 
