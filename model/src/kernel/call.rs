@@ -4,6 +4,10 @@ use super::{Assignment, KernelError};
 use crate::activations::Activations;
 use crate::format::Format;
 
+/// Combine steps beyond 2^-64 or 2^64 are refused: within, the scale is a normal number and subnormal
+/// intermediate values round to zero anyway, so flush-to-zero modes cannot matter.
+const MAX_STEP_LOG2: i8 = 64;
+
 /// What a layer's experts expect of a call.
 #[derive(Clone, Copy)]
 pub(super) struct Expected<'a> {
@@ -74,4 +78,14 @@ pub(super) fn beyond_f32(a: &Assignment) -> KernelError {
 pub(super) fn may_overflow(peak: u32, addends: u32) -> bool {
     let bound = (f64::from(f32::from_bits(peak)) + 1.0) * f64::from(addends);
     bound.is_nan() || bound >= f64::from(1u32 << 31)
+}
+
+/// `2^-step_log2`, or the refusal of a step out of range.
+pub(super) fn combine_scale(step_log2: i8) -> Result<f32, KernelError> {
+    if step_log2.unsigned_abs() > MAX_STEP_LOG2.unsigned_abs() {
+        return Err(KernelError::Weights(format!(
+            "combine step 2^{step_log2} lies outside 2^-{MAX_STEP_LOG2}..2^{MAX_STEP_LOG2}: pack the model again"
+        )));
+    }
+    Ok(f32::from_bits(((127 - i32::from(step_log2)) as u32) << 23))
 }

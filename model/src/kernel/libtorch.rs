@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, TchError, Tensor};
 
 use self::unpack::{Wide, dequantize_row, unpack};
-use super::call::{Expected, beyond_f32, check_call, check_product, may_overflow};
+use super::call::{Expected, beyond_f32, check_call, check_product, combine_scale, may_overflow};
 use super::{Assignment, KernelError, Kernels, LayerExperts, Linear, PartialSums};
 use crate::activations::Activations;
 use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
@@ -140,7 +140,7 @@ impl Kernels for Libtorch {
                 return Err(KernelError::Weights(format!("expert {index} was given twice")));
             }
         }
-        let scale = 2.0f32.powi(-i32::from(step_log2));
+        let scale = combine_scale(step_log2)?;
         Ok(Arc::new(TorchExperts { format, hidden, scale, experts: held }))
     }
 }

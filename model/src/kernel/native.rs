@@ -3,10 +3,13 @@
 //! Problem: decoding streams weights from memory once per token, so a kernel must read packed bytes in order at
 //! the speed of memory; and every machine, thread count and batch must round alike. Idea: one layout for all
 //! instruction sets (`format`), exact integer dot products per group of 32, f32 operations in one fixed order
-//! (`definition`), integer sums over experts. Files: `definition` (the bits), `isa` (the table and its choice),
-//! `scalar`, `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `tiles` (rows),
-//! `weights` (checked bytes), `linear` and `experts` (drivers), `pool` (threads), `ops` (row operations for the
-//! forward pass), `stream` (how fast this machine reads).
+//! (`definition`), integer sums over experts.
+//!
+//! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
+//! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
+//! `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `columns`,
+//! `block`, `tiles` (what these take and give), `definition` (the bits). Beside them `ops` (row operations for the
+//! forward pass) and `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -24,13 +27,17 @@ mod avx2_bf16;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+mod block;
+mod columns;
 pub mod definition;
 mod elementwise;
+mod engine;
 mod experts;
 mod isa;
 pub mod kv;
 mod linear;
 pub mod ops;
+mod plan;
 mod pool;
 mod scalar;
 pub mod stream;
@@ -39,27 +46,18 @@ pub(crate) mod tests;
 mod tiles;
 mod weights;
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use self::experts::{NativeExperts, Plan};
+use self::engine::{Crew, Engine, Space, ThreadSpace};
+use self::experts::NativeExperts;
 pub use self::isa::Isa;
-use self::isa::{Outputs, Table};
+use self::isa::Table;
 use self::linear::NativeLinear;
 use self::ops::Ops;
 use self::pool::Pool;
-use self::tiles::Tiles;
 use super::{KernelError, Kernels, LayerExperts, Linear};
 use crate::packed::{PackedExpert, PackedMatrix};
-
-/// Rows that meet a row block together: their int8 groups (256 rows of 2048 take 0.6 MB) fit the second cache
-/// level, and the weights are then read once per 256 rows, which is 3 % of the time these take.
-const SEGMENT_ROWS: usize = 256;
-
-/// Rows from which copying them into tiles is worth waking the other threads for.
-const PARALLEL_COPY_ROWS: usize = 64;
 
 /// Threads of one backend at most: more than any machine has; a typo is caught.
 const MAX_THREADS: usize = 1024;
@@ -97,86 +95,6 @@ pub struct Native {
     engine: Arc<Engine>,
     ops: Ops,
     threads: usize,
-}
-
-/// What loaded weights compute with.
-#[derive(Debug)]
-struct Engine {
-    table: Table,
-    crew: Mutex<Crew>,
-}
-
-/// Threads and the memory they work in: one call at a time.
-#[derive(Debug)]
-struct Crew {
-    pool: Pool,
-    space: Space,
-}
-
-/// Scratch memory, grown by the largest call so far.
-#[derive(Debug, Default)]
-struct Space {
-    x: Tiles,
-    h: Tiles,
-    plan: Plan,
-    threads: Vec<Mutex<ThreadSpace>>,
-}
-
-/// Scratch memory of one thread.
-#[derive(Debug)]
-struct ThreadSpace {
-    /// Gate and up products of two row blocks: `[SEGMENT_ROWS][16]` each.
-    products: [Vec<Outputs<f32>>; 4],
-    sums: Vec<Outputs<i32>>,
-    peaks: Vec<Outputs<u32>>,
-    /// Largest addend per row of the batch, as f32 bits.
-    row_peaks: Vec<u32>,
-}
-
-impl ThreadSpace {
-    fn new() -> ThreadSpace {
-        ThreadSpace {
-            products: std::array::from_fn(|_| vec![[0.0; 16]; SEGMENT_ROWS]),
-            sums: vec![[0; 16]; SEGMENT_ROWS],
-            peaks: vec![[0; 16]; SEGMENT_ROWS],
-            row_peaks: Vec::new(),
-        }
-    }
-}
-
-/// Scratch memory means nothing between calls, so a panic while it was locked leaves nothing broken.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Share `index` of `0..n` cut in `of`.
-fn part(n: usize, index: usize, of: usize) -> Range<usize> {
-    n * index / of..n * (index + 1) / of
-}
-
-/// Calls `copy` for every row, on all threads if there are many. Whether all returned true.
-fn on_rows(pool: &mut Pool, rows: usize, copy: &(dyn Fn(usize) -> bool + Sync)) -> bool {
-    if rows < PARALLEL_COPY_ROWS {
-        return (0..rows).all(copy);
-    }
-    let (threads, fine) = (pool.threads(), AtomicBool::new(true));
-    pool.run(&|thread| {
-        if !part(rows, thread, threads).all(copy) {
-            fine.store(false, Ordering::Relaxed);
-        }
-    });
-    fine.into_inner()
-}
-
-/// The error for a row that holds -128.
-fn forged_row() -> KernelError {
-    KernelError::Call("a row holds the value -128, which no quantizer makes: its sender is broken".to_owned())
-}
-
-impl Engine {
-    fn crew(&self) -> MutexGuard<'_, Crew> {
-        lock(&self.crew)
-    }
 }
 
 impl Native {

@@ -8,10 +8,8 @@
 
 use std::arch::x86_64::*;
 
-use super::avx512::prefetch;
+use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
 use super::definition::{LANES, QUIET, QuantizedGroup};
-use super::isa::{Added, Block, Outputs, Terms};
-use super::scalar::COMBINE_GROUPS;
 use super::tiles::{Tile, View};
 use crate::format::{Format, GROUP};
 
@@ -33,6 +31,18 @@ macro_rules! by_rows {
             _ => $f::<BYTES, 4> $args,
         }
     };
+}
+
+/// Asks for the lines of a group `ahead` bytes further on; addresses past the end are harmless.
+#[inline(always)]
+pub(super) fn prefetch<const BYTES: usize>(group: &[u8; BYTES], ahead: usize) {
+    if ahead != 0 {
+        for line in 0..BYTES.div_ceil(64) {
+            let address = group.as_ptr().wrapping_add(ahead + line * 64);
+            // SAFETY: a prefetch never faults, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        }
+    }
 }
 
 /// 32 bytes of line `j` of a group: the quads of 8 outputs.
@@ -222,7 +232,7 @@ pub(super) fn widen_f16(x: &[u16], out: &mut [f32]) {
         // SAFETY: 16 bytes are readable and 32 writable.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
     }
-    super::ops::widen_each(rest, out_rest);
+    super::elementwise::widen_each(rest, out_rest);
 }
 
 /// f32 to f16, clamped to the finite range; lengths are equal.
@@ -239,7 +249,7 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v));
         }
     }
-    super::ops::narrow_each(rest, out_rest);
+    super::elementwise::narrow_each(rest, out_rest);
 }
 
 /// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.

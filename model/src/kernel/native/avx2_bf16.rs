@@ -6,16 +6,18 @@
 
 use std::arch::x86_64::*;
 
-use super::avx512_bf16::{add_terms, input_rows, transposed_sum};
+use super::block::{Added, Block, Outputs, Terms};
 use super::definition::LANES;
-use super::isa::{Added, Block, Outputs, Terms};
 use super::tiles::View;
 use crate::format::{COMBINE_BLOCK, GROUP};
 
 /// Outputs per pass.
-const OUT: usize = 4;
+pub(super) const OUT: usize = 4;
 
-type WeightRow<'a> = &'a [[u8; 2 * LANES]];
+/// A row of weights and a row of inputs, in chunks of 16.
+pub(super) type WeightRow<'a> = &'a [[u8; 2 * LANES]];
+/// See `WeightRow`.
+pub(super) type InputRow<'a> = &'a [[f32; LANES]];
 
 /// Outputs `n..n + 4` of a block.
 #[inline(always)]
@@ -59,6 +61,44 @@ fn dots(weights: [WeightRow<'_>; OUT], x: &[[f32; LANES]], ahead: usize) -> __m1
         q[c] = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
     }
     transposed_sum(q)
+}
+
+/// `(q0 + q2) + (q1 + q3)` of each register's lanes, for four registers.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn transposed_sum(q: [__m128; OUT]) -> __m128 {
+    let (ab, cd) = (_mm_unpacklo_ps(q[0], q[1]), _mm_unpacklo_ps(q[2], q[3]));
+    let (ef, gh) = (_mm_unpackhi_ps(q[0], q[1]), _mm_unpackhi_ps(q[2], q[3]));
+    let (l0, l1) = (_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+    let (l2, l3) = (_mm_movelh_ps(ef, gh), _mm_movehl_ps(gh, ef));
+    _mm_add_ps(_mm_add_ps(l0, l2), _mm_add_ps(l1, l3))
+}
+
+/// Rounds and adds one block's results of outputs `n..n + 4` of one row.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn add_terms(y: __m128, weight: f32, scale: f32, sums: &mut [i32], peaks: &mut [u32]) {
+    let v = _mm_mul_ps(_mm_mul_ps(y, _mm_set1_ps(weight)), _mm_set1_ps(scale));
+    let magnitude = _mm_and_si128(_mm_castps_si128(v), _mm_set1_epi32(i32::MAX));
+    let rounded = _mm_cvtps_epi32(_mm_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v));
+    let (sums, peaks) = (&mut sums[..OUT], &mut peaks[..OUT]);
+    // SAFETY: both places are 4 values of 32 bits, readable and writable.
+    unsafe {
+        let (s, p) = (sums.as_mut_ptr().cast(), peaks.as_mut_ptr().cast());
+        _mm_storeu_si128(s, _mm_add_epi32(_mm_loadu_si128(s), rounded));
+        _mm_storeu_si128(p, _mm_max_epu32(_mm_loadu_si128(p), magnitude));
+    }
+}
+
+/// Rows `first..first + R` of a view, as chunks of 16.
+#[inline(always)]
+pub(super) fn input_rows<'a, const R: usize>(x: View<'a>, first: usize) -> [InputRow<'a>; R] {
+    let width = x.groups * GROUP;
+    let mut rows: [InputRow<'a>; R] = [&[]; R];
+    for r in 0..R {
+        rows[r] = x.floats[(first + r) * width..][..width].as_chunks().0;
+    }
+    rows
 }
 
 /// Prefetch distance for row `row`: the next four weight rows, by the first row only.

@@ -9,9 +9,9 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::prefetch;
+use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
 use super::definition::{LANES, QUIET, QuantizedGroup};
-use super::isa::{Added, Block, Outputs, Terms};
-use super::scalar::COMBINE_GROUPS;
 use super::tiles::{Quads, Tile, View};
 use crate::format::{Format, GROUP};
 
@@ -53,18 +53,6 @@ impl<'a, const R: usize> Cells<'a, R> {
             values: &self.values[first..][..groups],
             scales: &self.scales[first..][..groups],
             offsets: &self.offsets[first..][..groups],
-        }
-    }
-}
-
-/// Asks for the lines of a group `ahead` bytes further on; addresses past the end are harmless.
-#[inline(always)]
-pub(super) fn prefetch<const BYTES: usize>(group: &[u8; BYTES], ahead: usize) {
-    if ahead != 0 {
-        for line in 0..BYTES.div_ceil(64) {
-            let address = group.as_ptr().wrapping_add(ahead + line * 64);
-            // SAFETY: a prefetch never faults, whatever the address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
         }
     }
 }
@@ -231,7 +219,7 @@ pub(super) fn widen_f16(x: &[u16], out: &mut [f32]) {
         // SAFETY: 32 bytes are readable and 64 writable.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) };
     }
-    super::ops::widen_each(rest, out_rest);
+    super::elementwise::widen_each(rest, out_rest);
 }
 
 /// f32 to f16, clamped to the finite range; lengths are equal.
@@ -249,7 +237,7 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), h);
         }
     }
-    super::ops::narrow_each(rest, out_rest);
+    super::elementwise::narrow_each(rest, out_rest);
 }
 
 /// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.

@@ -9,27 +9,13 @@
 
 use std::ops::Range;
 
+use super::block::{Added, AddedRow, Block, GateUp, Outputs, Terms};
 use super::definition::{self, LANES, QuantizedGroup, combine_term, widen_bf16};
-use super::isa::{Added, Block, GateUp, Outputs, Terms};
 use super::tiles::{GroupSlots, View};
 use crate::format::{COMBINE_BLOCK, GROUP};
 
 /// Outputs computed together by the bf16 product: enough independent chains to hide the latency of fma.
 const CHAINS: usize = 4;
-
-/// Sums and peaks of one row.
-pub(super) struct AddedRow<'a> {
-    pub(super) sums: &'a mut Outputs<i32>,
-    pub(super) peaks: &'a mut Outputs<u32>,
-}
-
-impl Added<'_> {
-    /// The place of row `row`.
-    #[inline(always)]
-    pub(super) fn slot(&mut self, row: usize) -> AddedRow<'_> {
-        AddedRow { sums: &mut self.sums[row], peaks: &mut self.peaks[row] }
-    }
-}
 
 /// Rounds and adds one block's results. An addend beyond i32 leaves an arbitrary sum; its peak tells.
 #[inline(always)]
@@ -179,6 +165,20 @@ fn axpy_each(p: f32, v: &[f32], acc: &mut [f32]) {
 fn scale_each(p: f32, x: &mut [f32]) {
     for v in x.iter_mut() {
         *v *= p;
+    }
+}
+
+/// f16 to f32, portably.
+pub(super) fn widen_each(x: &[u16], out: &mut [f32]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = definition::widen_f16(*x);
+    }
+}
+
+/// f32 to f16, portably.
+pub(super) fn narrow_each(x: &[f32], out: &mut [u16]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = definition::narrow_f16(*x);
     }
 }
 

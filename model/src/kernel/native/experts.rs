@@ -12,29 +12,23 @@
 
 use std::sync::Arc;
 
+use super::block::{Added, GateUp, Terms};
+use super::columns::Columns;
 use super::definition::LANES;
-use super::isa::{Added, GateUp, Terms};
-use super::linear::Columns;
+use super::engine::{Crew, Engine, Space, ThreadSpace, forged_row, lock, on_rows, part};
+use super::plan::{Plan, Segment};
 use super::pool::Pool;
-use super::scalar::{COMBINE_GROUPS, combine_wide};
-use super::tiles::{Span, Tiles, TilesWriter};
+use super::scalar::combine_wide;
+use super::tiles::{Tiles, TilesWriter};
 use super::weights::ExpertWeights;
-use super::{Crew, Engine, SEGMENT_ROWS, Space, ThreadSpace, part};
 use crate::activations::Activations;
 use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
-use crate::kernel::call::{Expected, beyond_f32, check_call, may_overflow};
+use crate::kernel::call::{Expected, beyond_f32, check_call, combine_scale, may_overflow};
 use crate::kernel::{Assignment, KernelError, LayerExperts, PartialSums};
 use crate::packed::PackedExpert;
 
-/// Combine steps beyond 2^-64 or 2^64 are refused: within, the scale is a normal number and subnormal
-/// intermediate values round to zero anyway, so flush-to-zero modes cannot matter.
-const MAX_STEP_LOG2: i8 = 64;
-
 /// Addends per sum in the wide combine: 2^11 of at most 2^52 stay inside i64.
 const MAX_WIDE_ADDENDS: usize = 1 << 11;
-
-/// Cost of reading a group's weights, in rows computed with them: how work is shared out between threads.
-const READ_COST_ROWS: usize = 8;
 
 /// The experts of a layer, loaded.
 #[derive(Debug)]
@@ -48,48 +42,13 @@ pub(super) struct NativeExperts {
     experts: Vec<Option<ExpertWeights>>,
 }
 
-/// Rows of one expert that are computed together.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Segment {
-    expert: u16,
-    /// Position of its first row in the sorted order.
-    first: usize,
-    /// Its rows among the gathered inputs.
-    x: Span,
-    /// Its rows among the intermediate values.
-    h: Span,
-    /// Cost of the segments before it, and of one of its groups.
-    cost_before: usize,
-    group_cost: usize,
-}
-
-/// A call, sorted: kept in `Space` so that its memory is reused.
-#[derive(Debug, Default)]
-pub(super) struct Plan {
-    /// Assignments by expert, then row.
-    order: Vec<u32>,
-    segments: Vec<Segment>,
-    /// Row of the batch and routing weight, in that order.
-    rows: Vec<u32>,
-    weights: Vec<f32>,
-    /// Segment of each position.
-    segment_of: Vec<u32>,
-    /// Addends that each sum of a batch row takes.
-    addends: Vec<u32>,
-    cost: usize,
-}
-
 impl NativeExperts {
     pub(super) fn new(
         engine: Arc<Engine>,
         experts: Vec<(u16, PackedExpert)>,
         step_log2: i8,
     ) -> Result<NativeExperts, KernelError> {
-        if step_log2.unsigned_abs() > MAX_STEP_LOG2.unsigned_abs() {
-            return Err(KernelError::Weights(format!(
-                "combine step 2^{step_log2} lies outside 2^-{MAX_STEP_LOG2}..2^{MAX_STEP_LOG2}: pack the model again"
-            )));
-        }
+        let scale = combine_scale(step_log2)?;
         let (format, hidden) = experts.first().map_or((Format::Q8, 0), |(_, e)| (e.format, e.hidden));
         let mut held: Vec<Option<ExpertWeights>> = Vec::new();
         for (index, expert) in experts {
@@ -107,7 +66,6 @@ impl NativeExperts {
                 return Err(KernelError::Weights(format!("expert {index} was given twice")));
             }
         }
-        let scale = f32::from_bits(((127 - i32::from(step_log2)) as u32) << 23);
         Ok(NativeExperts { engine, format, hidden, scale, experts: held })
     }
 
@@ -122,53 +80,18 @@ impl NativeExperts {
 
     /// Sorts a checked call into `plan`.
     fn plan(&self, plan: &mut Plan, batch: usize, assignments: &[Assignment]) {
-        let Plan { order, segments, rows, weights, segment_of, addends, cost } = plan;
-        order.clear();
-        order.extend(0..assignments.len() as u32);
-        order.sort_unstable_by_key(|&i| {
-            let a = &assignments[i as usize];
-            (a.expert, a.row, a.weight.to_bits())
-        });
-        for list in [&mut *rows, &mut *segment_of] {
-            list.clear();
-        }
-        segments.clear();
-        weights.clear();
-        addends.clear();
-        addends.resize(batch, 0);
-        *cost = 0;
-        let hidden_groups = padded_inputs(self.hidden) / GROUP;
-        let (mut x_cell, mut h_cell) = (0, 0);
-        for run in order.chunk_by(|&a, &b| assignments[a as usize].expert == assignments[b as usize].expert) {
-            let expert = assignments[run[0] as usize].expert;
-            let inter_groups = self.expert(expert).map_or(0, ExpertWeights::inter_groups);
-            for piece in run.chunks(SEGMENT_ROWS) {
-                let x = Span { start: x_cell, rows: piece.len(), groups: hidden_groups };
-                let h = Span { start: h_cell, rows: piece.len(), groups: inter_groups };
-                (x_cell, h_cell) = (x.end(), h.end());
-                let group_cost = READ_COST_ROWS + piece.len();
-                segment_of.extend(piece.iter().map(|_| segments.len() as u32));
-                let first = rows.len();
-                segments.push(Segment { expert, first, x, h, cost_before: *cost, group_cost });
-                *cost += inter_groups * group_cost;
-                for &i in piece {
-                    let a = &assignments[i as usize];
-                    rows.push(a.row);
-                    weights.push(a.weight);
-                    addends[a.row as usize] += inter_groups.div_ceil(COMBINE_GROUPS) as u32;
-                }
-            }
-        }
+        let shape = (batch, padded_inputs(self.hidden) / GROUP);
+        plan.fill(shape, assignments, &|e| self.expert(e).map_or(0, ExpertWeights::inter_groups));
     }
 
     /// Copies every row to the tiles of its segments. False for a row that no quantizer made.
     fn gather(&self, pool: &mut Pool, space: &mut Space, x: &Activations<'_>) -> bool {
         let plan = &space.plan;
-        let (x_cells, h_cells) = plan.segments.last().map_or((0, 0), |s| (s.x.end(), s.h.end()));
+        let (x_cells, h_cells) = plan.cells();
         space.x.reserve(x_cells, self.format.is_quantized());
         space.h.reserve(h_cells, self.format.is_quantized());
         let writer = space.x.writer();
-        super::on_rows(pool, plan.rows.len(), &|at| {
+        on_rows(pool, plan.rows.len(), &|at| {
             let segment = &plan.segments[plan.segment_of[at] as usize];
             // SAFETY: the storage was reserved above, and each position is copied by one thread.
             unsafe { writer.copy_row(segment.x, at - segment.first, x, plan.rows[at] as usize) }
@@ -196,11 +119,7 @@ impl NativeExperts {
     fn gate_up(&self, plan: &Plan, thread: usize, threads: usize, mut phase: GateUpPhase<'_>) {
         let share = part(plan.cost, thread, threads);
         for segment in &plan.segments {
-            let index = |cost: usize| {
-                let groups = cost.saturating_sub(segment.cost_before).div_ceil(segment.group_cost);
-                groups.min(segment.h.groups)
-            };
-            for group in index(share.start)..index(share.end) {
+            for group in segment.groups_in(share.clone()) {
                 self.gate_up_group(segment, group, phase.again());
             }
         }
@@ -243,7 +162,7 @@ impl NativeExperts {
         for (row, addends) in space.plan.addends.iter().enumerate() {
             let peak = space.threads[..threads]
                 .iter()
-                .fold(0, |peak, slot| peak.max(super::lock(slot).row_peaks.get(row).copied().unwrap_or(0)));
+                .fold(0, |peak, slot| peak.max(lock(slot).row_peaks.get(row).copied().unwrap_or(0)));
             if may_overflow(peak, *addends) {
                 out.overflowed[row] = true;
                 out.sums[row * self.hidden..(row + 1) * self.hidden].fill(0);
@@ -266,11 +185,11 @@ impl NativeExperts {
         space.h.reserve(segment.h.end(), self.format.is_quantized());
         // SAFETY: reserved just above; nobody else has the space.
         if !unsafe { space.x.writer().copy_row(segment.x, 0, x, a.row as usize) } {
-            return Err(super::forged_row());
+            return Err(forged_row());
         }
         let Space { x: tiles, h, threads, plan } = space;
         let writer = h.writer();
-        let mut slot = super::lock(&threads[0]);
+        let mut slot = lock(&threads[0]);
         self.gate_up(plan, 0, 1, GateUpPhase { tiles, writer, slot: &mut slot });
         for (block, to) in to.chunks_mut(BLOCK_OUTPUTS).enumerate() {
             let terms = Terms { weights: &[a.weight], scale: self.scale };
@@ -321,19 +240,19 @@ impl LayerExperts for NativeExperts {
         let Crew { pool, space } = &mut *crew;
         self.plan(&mut space.plan, x.rows(), assignments);
         if !self.gather(pool, space, &x) {
-            return Err(super::forged_row());
+            return Err(forged_row());
         }
         let threads = pool.threads();
         let writer = space.h.writer();
         let (plan, tiles, slots) = (&space.plan, &space.x, &space.threads);
         pool.run(&|thread| {
-            let mut slot = super::lock(&slots[thread]);
+            let mut slot = lock(&slots[thread]);
             self.gate_up(plan, thread, threads, GateUpPhase { tiles, writer, slot: &mut slot });
         });
         let (tiles, sums) = (&space.h, Columns::new(&mut out.sums, self.hidden));
         let blocks = padded_outputs(self.hidden) / BLOCK_OUTPUTS;
         pool.run(&|thread| {
-            let mut slot = super::lock(&slots[thread]);
+            let mut slot = lock(&slots[thread]);
             self.down(plan, tiles, part(blocks, thread, threads), DownPhase { slot: &mut slot, sums });
         });
         self.flag_overflow(space, threads, out);

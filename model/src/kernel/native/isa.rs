@@ -8,12 +8,11 @@
 
 use std::str::FromStr;
 
-use super::definition::LANES;
+use super::block::{Added, Block, GateUp, Outputs, Terms};
 use super::tiles::{GroupSlots, View};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx2_bf16, avx512, avx512_bf16};
 use super::{elementwise, scalar};
-use crate::format::Format;
 
 /// An instruction set with its own kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,42 +96,6 @@ impl FromStr for Isa {
             .find(|isa| isa.name() == text)
             .ok_or_else(|| format!("unknown instruction set '{text}' in MOEMESH_ISA: use one of {known}"))
     }
-}
-
-/// One value per output of a row block.
-pub(super) type Outputs<T> = [T; LANES];
-
-/// A row block: 16 outputs, all their inputs.
-#[derive(Clone, Copy)]
-pub(super) struct Block<'a> {
-    /// Format of `bytes`.
-    pub(super) format: Format,
-    /// Packed bytes, `groups * format.group_bytes()`.
-    pub(super) bytes: &'a [u8],
-    /// Distance of the software prefetch in bytes; 0 for none. The first tile fetches, the others find it.
-    pub(super) ahead: usize,
-}
-
-/// What the combine needs beside the product.
-#[derive(Clone, Copy)]
-pub(super) struct Terms<'a> {
-    /// Routing weight per row.
-    pub(super) weights: &'a [f32],
-    /// `2^-step_log2`.
-    pub(super) scale: f32,
-}
-
-/// Where the combine adds: per row, 16 sums and the largest |addend| seen per output, as f32 bits (so NaN
-/// counts as largest).
-pub(super) struct Added<'a> {
-    pub(super) sums: &'a mut [Outputs<i32>],
-    pub(super) peaks: &'a mut [Outputs<u32>],
-}
-
-/// Gate and up products of one group of 32 intermediate values, as two halves of 16, per row.
-pub(super) struct GateUp<'a> {
-    pub(super) gate: [&'a [Outputs<f32>]; 2],
-    pub(super) up: [&'a [Outputs<f32>]; 2],
 }
 
 type Product = unsafe fn(Block<'_>, View<'_>, &mut [Outputs<f32>]);

@@ -6,13 +6,14 @@
 
 use std::sync::Arc;
 
+use super::columns::Columns;
 use super::definition::LANES;
-use super::isa::Table;
+use super::engine::{Crew, Engine, forged_row, lock, on_rows, part};
+use super::plan::SEGMENT_ROWS;
 use super::tiles::Span;
 use super::weights::MatrixWeights;
-use super::{Crew, Engine, SEGMENT_ROWS, part};
 use crate::activations::Activations;
-use crate::format::{BLOCK_OUTPUTS, Format};
+use crate::format::Format;
 use crate::kernel::call::check_product;
 use crate::kernel::{KernelError, Linear};
 use crate::packed::PackedMatrix;
@@ -25,38 +26,6 @@ pub(super) struct NativeLinear {
     outputs: usize,
     inputs: usize,
     weights: MatrixWeights,
-}
-
-/// Result columns, written by all threads, each its own.
-#[derive(Clone, Copy)]
-pub(super) struct Columns<T> {
-    start: *mut T,
-    width: usize,
-    rows: usize,
-}
-
-// SAFETY: a plain pointer to values that may be sent; who writes which column is the contract of `row`.
-unsafe impl<T: Send> Send for Columns<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Columns<T> {}
-
-impl<T> Columns<T> {
-    /// `values` is `[rows, width]`, row-major.
-    pub(super) fn new(values: &mut [T], width: usize) -> Columns<T> {
-        Columns { start: values.as_mut_ptr(), width, rows: values.len() / width }
-    }
-
-    /// The part of row `row` that row block `block` computes: 16 columns, fewer at the edge.
-    ///
-    /// # Safety
-    /// The values must outlive the slice, and no other thread may use this block of columns meanwhile.
-    pub(super) unsafe fn row<'a>(&self, row: usize, block: usize) -> &'a mut [T] {
-        let column = block * BLOCK_OUTPUTS;
-        assert!(row < self.rows && column < self.width);
-        let len = BLOCK_OUTPUTS.min(self.width - column);
-        // SAFETY: inside the values by the assertion; exclusive by the contract.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.width + column), len) }
-    }
 }
 
 impl NativeLinear {
@@ -90,22 +59,22 @@ impl Linear for NativeLinear {
             let first = segment * SEGMENT_ROWS;
             Span { start: first * blocks.groups, rows: SEGMENT_ROWS.min(rows - first), groups: blocks.groups }
         };
-        let copied = super::on_rows(pool, rows, &|row| {
+        let copied = on_rows(pool, rows, &|row| {
             let (segment, slot) = (row / SEGMENT_ROWS, row % SEGMENT_ROWS);
             // SAFETY: the storage was reserved above, and each row is copied by one thread.
             unsafe { writer.copy_row(span(segment), slot, &x, row) }
         });
         if !copied {
-            return Err(super::forged_row());
+            return Err(forged_row());
         }
         let (tiles, slots, columns) = (&space.x, &space.threads, Columns::new(y, self.outputs));
         pool.run(&|thread| {
-            let mut slot = super::lock(&slots[thread]);
+            let mut slot = lock(&slots[thread]);
             for segment in 0..segments {
                 let view = tiles.view(span(segment));
                 for block in part(blocks.count, thread, threads) {
                     let out = &mut slot.products[0][..view.rows];
-                    Table::product(table, self.weights.block(block, view.rows), view, out);
+                    table.product(self.weights.block(block, view.rows), view, out);
                     for (row, values) in out.iter().enumerate() {
                         // SAFETY: this thread alone computes this block; `y` is borrowed by the call.
                         let to = unsafe { columns.row(segment * SEGMENT_ROWS + row, block) };

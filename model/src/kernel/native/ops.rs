@@ -6,7 +6,6 @@
 //! no length comes from outside.
 #![allow(unsafe_code, reason = "calls through the table, made safe by detection when the table is chosen")]
 
-use super::definition;
 use super::elementwise::{self, RowFunctions};
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
@@ -47,18 +46,6 @@ impl Default for Ops {
     }
 }
 
-pub(super) fn widen_each(x: &[u16], out: &mut [f32]) {
-    for (x, out) in x.iter().zip(out) {
-        *out = definition::widen_f16(*x);
-    }
-}
-
-pub(super) fn narrow_each(x: &[f32], out: &mut [u16]) {
-    for (x, out) in x.iter().zip(out) {
-        *out = definition::narrow_f16(*x);
-    }
-}
-
 impl Ops {
     /// The operations of `isa`, or an error if the machine lacks it.
     pub fn new(isa: Isa) -> Result<Ops, String> {
@@ -72,7 +59,7 @@ impl Ops {
             Isa::Avx2 => (&elementwise::avx2::ROWS, avx2::widen_f16, avx2::narrow_f16),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => (&elementwise::avx512::ROWS, avx512::widen_f16, avx512::narrow_f16),
-            _ => (&elementwise::scalar::ROWS, widen_each, narrow_each),
+            _ => (&elementwise::scalar::ROWS, elementwise::widen_each, elementwise::narrow_each),
         };
         Ops { isa, rows, widen, narrow }
     }

@@ -4,14 +4,11 @@
 //! +0. The combine starts a new accumulator every `COMBINE_BLOCK` inputs and adds its rounded value times the
 //! weight. Also here, because it need not be fast: the wide combine in i64. Price: about one GFLOP/s.
 
+use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
 use super::definition::{LANES, WIDE_LIMIT, combine_term, widen_f16};
 use super::elementwise;
-use super::isa::{Added, Block, Outputs, Terms};
 use super::tiles::{Tile, View};
-use crate::format::{COMBINE_BLOCK, Format, GROUP};
-
-/// Groups of one combine block.
-pub(super) const COMBINE_GROUPS: usize = COMBINE_BLOCK / GROUP;
+use crate::format::{Format, GROUP};
 
 /// Weight of output `n`, input `i` of a packed group.
 #[inline(always)]

@@ -12,6 +12,7 @@ use crate::activations::{Activations, row_bytes};
 use crate::format::{COMBINE_BLOCK, Format, GROUP, padded_inputs};
 use crate::kernel::{Assignment, PartialSums};
 use crate::region::Buffer;
+use std::ops::Range;
 
 /// Row counts around tiles (16), vector tails and segments (256).
 const ODD_ROWS: [usize; 4] = [65, 127, 256, 512];

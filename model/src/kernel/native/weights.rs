@@ -3,7 +3,8 @@
 //! Refuses at load what would make a wrong or different result later: a length that does not fit the shape, a
 //! scale (or bf16 weight) that is NaN or infinite.
 
-use super::isa::Block;
+use super::block::Block;
+use super::tiles::TILE;
 use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
 use crate::kernel::KernelError;
 use crate::packed::{PackedExpert, PackedMatrix};
@@ -38,7 +39,7 @@ impl Blocks {
     #[inline]
     fn block<'a>(&self, bytes: &'a [u8], index: usize, rows: usize) -> Block<'a> {
         let len = self.block_bytes();
-        let ahead = if rows <= super::tiles::TILE { AHEAD_BYTES } else { len };
+        let ahead = if rows <= TILE { AHEAD_BYTES } else { len };
         Block { format: self.format, bytes: &bytes[self.offset + index * len..][..len], ahead }
     }
 }
