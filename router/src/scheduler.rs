@@ -347,13 +347,13 @@ impl Scheduler {
 
     /// Admits waiting sequences in order of arrival; the first that does not fit ends it, so none is overtaken.
     fn admit(&mut self, plan: &mut StepPlan) {
-        let mut running = self.sequences.values().filter(|sequence| sequence.running).count();
-        for sequence in self.sequences.values_mut().filter(|sequence| !sequence.running) {
+        let before = self.sequences.values().filter(|sequence| sequence.running).count();
+        let waiting = self.sequences.values_mut().filter(|sequence| !sequence.running);
+        for (running, sequence) in (before..).zip(waiting) {
             let needed = sequence.known.div_ceil(self.limits.block_tokens);
             if running >= self.limits.sequences || self.free.len() < needed + running {
                 break;
             }
-            running += 1;
             sequence.running = true;
             let kept = self.free.len() - needed;
             sequence.blocks.extend(self.free.drain(kept..).rev());

@@ -210,10 +210,10 @@ fn hostile_templates_are_stopped() {
     }
     assert!(ChatTemplate::new(&"(".repeat(200_000)).is_ok(), "text");
     assert!(ChatTemplate::new(&format!("{{{{ {} }}}}", "(".repeat(200_000))).is_err());
-    let many: Vec<Value> = (0..20_000).map(|_| user("x")[0].clone()).collect();
+    let many: Vec<Value> = (0..4096).map(|_| user("x")[0].clone()).collect();
     let accumulating = "{% set ns = namespace(all=[]) %}{% for m in messages %}{% set ns.all = ns.all + [m] %}\
         {% endfor %}{{ ns.all | length }}";
-    assert_eq!(render(accumulating, &Chat::new(many)).unwrap(), "20000");
+    assert_eq!(render(accumulating, &Chat::new(many)).unwrap(), "4096");
     assert!(render("x", &Chat::new(vec![])).is_err());
 }
 

@@ -17,14 +17,17 @@ fn obvious(logits: &[f32], sampling: &Sampling, uniform: f64) -> u32 {
     let mut ranked: Vec<(f32, u32)> =
         logits.iter().enumerate().map(|(id, logit)| (*logit, id as u32)).collect();
     ranked.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let unfiltered = sampling.top_p >= 1.0 && sampling.min_p <= 0.0;
+    if unfiltered && (sampling.top_k == 0 || sampling.top_k as usize >= logits.len()) {
+        ranked.sort_by_key(|(_, id)| *id);
+    }
     if sampling.top_k > 0 {
         ranked.truncate(sampling.top_k as usize);
     }
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f64> = ranked
         .iter()
-        .map(|(logit, _)| {
-            ((f64::from(*logit) - f64::from(ranked[0].0)) / f64::from(sampling.temperature)).exp()
-        })
+        .map(|(logit, _)| ((f64::from(*logit) - f64::from(highest)) / f64::from(sampling.temperature)).exp())
         .collect();
     let total: f64 = weights.iter().sum();
     let mut kept = 0;

@@ -58,29 +58,35 @@ impl JsonStyle {
             ValueKind::Number => output.push_str(&json_float(f64::try_from(value.clone())?)),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), output),
             ValueKind::Seq | ValueKind::Iterable => {
-                let items: Vec<Value> = value.try_iter()?.collect();
-                self.enclose(('[', ']'), items.len(), depth, output, |index, output| {
-                    self.write(&items[index], depth + 1, output)
-                })?;
+                let mut items = Vec::new();
+                for item in value.try_iter()? {
+                    let mut text = String::new();
+                    self.write(&item, depth + 1, &mut text)?;
+                    items.push(text);
+                }
+                self.enclose(['[', ']'], &items, depth, output);
             }
             ValueKind::Map => {
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
                 if self.sorted {
                     keys.sort();
                 }
-                self.enclose(('{', '}'), keys.len(), depth, output, |index, output| {
-                    let key = &keys[index];
+                let mut items = Vec::new();
+                for key in keys {
+                    let mut text = String::new();
                     match key.as_str() {
-                        Some(text) => self.string(text, output),
+                        Some(name) => self.string(name, &mut text),
                         None => {
-                            let mut inner = String::new();
-                            self.write(key, depth + 1, &mut inner)?;
-                            self.string(&inner, output);
+                            let mut name = String::new();
+                            self.write(&key, depth + 1, &mut name)?;
+                            self.string(&name, &mut text);
                         }
                     }
-                    output.push_str(&self.key);
-                    self.write(&value.get_item(key)?, depth + 1, output)
-                })?;
+                    text.push_str(&self.key);
+                    self.write(&value.get_item(&key)?, depth + 1, &mut text)?;
+                    items.push(text);
+                }
+                self.enclose(['{', '}'], &items, depth, output);
             }
             kind => {
                 let message = format!("tojson: {kind} is not JSON serializable");
@@ -90,27 +96,19 @@ impl JsonStyle {
         Ok(())
     }
 
-    fn enclose(
-        &self,
-        (open, close): (char, char),
-        count: usize,
-        depth: usize,
-        output: &mut String,
-        mut write: impl FnMut(usize, &mut String) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    fn enclose(&self, [open, close]: [char; 2], items: &[String], depth: usize, output: &mut String) {
         output.push(open);
-        for index in 0..count {
+        for (index, item) in items.iter().enumerate() {
             if index > 0 {
                 output.push_str(&self.item);
             }
             self.line(depth + 1, output);
-            write(index, output)?;
+            output.push_str(item);
         }
-        if count > 0 {
+        if !items.is_empty() {
             self.line(depth, output);
         }
         output.push(close);
-        Ok(())
     }
 
     fn line(&self, depth: usize, output: &mut String) {
