@@ -126,7 +126,7 @@ fn alone(options: &Options) -> anyhow::Result<Story> {
 
 fn summary(story: &Story, alone: Option<&Story>, equal: Option<bool>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.add_row(["tokens".to_owned(), story.token_ids.len().to_string()]);
     table.add_row(["decode".to_owned(), format!("{:.1} tokens/s", story.decode_tok_s())]);
     table.add_row(["time to first token".to_owned(), format!("{:.0} ms", output::ms(story.ttft))]);

@@ -29,6 +29,8 @@ pub trait Cluster: Send + Sync {
     fn nodes(&self) -> Value;
     /// Why requests cannot be served now, if so: the body of a 503 of `/health`.
     fn trouble(&self) -> Option<String>;
+    /// Brings gauges of the cluster up to date, before they are read.
+    fn refresh(&self, metrics: &Metrics);
 }
 
 /// Who answers.

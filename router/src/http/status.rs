@@ -56,6 +56,7 @@ pub(super) fn version(service: &Service) -> Response<Body> {
 
 /// `GET /metrics`.
 pub(super) fn metrics(service: &Service) -> Result<Response<Body>, ApiError> {
+    service.cluster.refresh(&service.metrics);
     let text = service.metrics.render().map_err(|error| ApiError::internal(error.to_string()))?;
     let mut response = Response::new(Body::from(text));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");

@@ -153,7 +153,7 @@ fn timed(client: &Client, vocab: usize, prompt: usize, max_tokens: u32) -> anyho
 
 fn print(report: &Value, profile: bool) {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     let value = |name: &str| report[name].as_f64().unwrap_or(0.0);
     let limit = value("memory_limit_tok_s");
     table.add_row(["decode".to_owned(), format!("{:.2} tokens/s", value("decode_tok_s"))]);

@@ -18,7 +18,8 @@ use super::definition::exp;
 use super::isa::Isa;
 use super::kv::{KV_BLOCK, KvLayer};
 use super::ops::Ops;
-use super::{Native, lock};
+use super::Native;
+use super::engine::lock;
 
 /// Queries that share the widened keys of a block: their accumulators stay in the second-level cache.
 const TILE: usize = 16;
