@@ -1,0 +1,104 @@
+//! Nodes that die, hang and come back while a story is told: the story does not change by a bit.
+
+use serde_json::Value;
+
+use super::harness::{Cluster, OPENING, Shape, Story, moemesh};
+
+/// Long enough that most of it is told after the node is lost.
+const TOKENS: usize = 300;
+/// The node is lost after this token.
+const LOST_AT: usize = 20;
+
+fn number(state: &Value, pointer: &str) -> u64 {
+    state.pointer(pointer).and_then(Value::as_u64).unwrap_or_else(|| panic!("no {pointer} in {state}"))
+}
+
+/// The undisturbed story: of the cluster, equal to that of a single process.
+fn undisturbed(cluster: &Cluster) -> Story {
+    let story = cluster.api.story(TOKENS, |_| ());
+    let tokens = TOKENS.to_string();
+    let flags = ["reference", "--prompt", OPENING, "--max-tokens", &tokens, "--ignore-eos", "--json"];
+    let alone = moemesh(&flags).json();
+    assert_eq!(alone["token_ids"], serde_json::json!(story.token_ids));
+    assert_eq!(alone["logits_digest"], story.digest);
+    assert_eq!(number(&cluster.api.nodes(), "/router/fallbacks"), 0, "{}", cluster.logs());
+    story
+}
+
+fn serving(state: &Value, node: usize) -> bool {
+    state["nodes"][node]["state"] == "serving"
+}
+
+/// Checks that the router stood in for a lost node, and says how long the story stood still.
+fn assert_fell_back(cluster: &Cluster, what: &str, story: &Story) {
+    let fallbacks = number(&cluster.api.nodes(), "/router/fallbacks");
+    eprintln!("{what}: longest gap {:?}, {fallbacks} fallbacks", story.longest_gap);
+    assert!(fallbacks > 0, "the loss of the node went unnoticed\n{}", cluster.logs());
+}
+
+/// Checks that a node takes part in the next story, and that the story is still the same.
+fn assert_used_again(cluster: &Cluster, node: usize, expected: &Story) {
+    let pointer = format!("/nodes/{node}/calls");
+    let state = cluster.until("the node serves again", |state| serving(state, node));
+    let before = number(&state, &pointer);
+    cluster.api.story(TOKENS, |_| ()).assert_equals(expected);
+    let after = number(&cluster.api.nodes(), &pointer);
+    assert!(after > before, "the node was called {before} times before and {after} after");
+}
+
+#[test]
+fn a_killed_node_changes_no_bit_and_serves_again_once_restarted() {
+    let mut cluster = Cluster::start(&Shape::nodes(3));
+    let expected = undisturbed(&cluster);
+
+    let api = cluster.api.clone();
+    let disturbed = api.story(TOKENS, |token| {
+        if token == LOST_AT {
+            cluster.kill_node(1);
+        }
+    });
+    disturbed.assert_equals(&expected);
+    assert_fell_back(&cluster, "kill -9", &disturbed);
+    cluster.until("the dead node is missed", |state| !serving(state, 1));
+
+    cluster.start_node(1);
+    assert_used_again(&cluster, 1, &expected);
+}
+
+#[test]
+fn a_stopped_node_changes_no_bit_and_serves_again_once_continued() {
+    let cluster = Cluster::start(&Shape::nodes(3));
+    let expected = undisturbed(&cluster);
+
+    let disturbed = cluster.api.story(TOKENS, |token| {
+        if token == LOST_AT {
+            cluster.signal_node(0, "STOP");
+        }
+    });
+    disturbed.assert_equals(&expected);
+    assert_fell_back(&cluster, "SIGSTOP", &disturbed);
+
+    cluster.signal_node(0, "CONT");
+    assert_used_again(&cluster, 0, &expected);
+}
+
+#[test]
+fn without_any_node_left_the_router_tells_the_same_story() {
+    let mut cluster = Cluster::start(&Shape::nodes(3));
+    let expected = undisturbed(&cluster);
+
+    let api = cluster.api.clone();
+    let disturbed = api.story(TOKENS, |token| {
+        // One by one, so that the last is lost to a router that has lost others.
+        if token % LOST_AT == 0 && token / LOST_AT <= 3 {
+            cluster.kill_node(token / LOST_AT - 1);
+        }
+    });
+    disturbed.assert_equals(&expected);
+    assert_fell_back(&cluster, "kill -9 of all", &disturbed);
+    cluster.api.story(TOKENS, |_| ()).assert_equals(&expected);
+    (0..3).for_each(|node| assert_ne!(cluster.node(node)["state"], "serving"));
+
+    cluster.start_node(2);
+    assert_used_again(&cluster, 2, &expected);
+}
