@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::harness::{Cluster, OPENING, Shape, Story, moemesh};
+use super::harness::{Alone, Cluster, OPENING, Shape, Story, moemesh};
 
 /// Long enough that most of it is told after the node is lost.
 const TOKENS: usize = 300;
@@ -48,7 +48,7 @@ fn assert_used_again(cluster: &Cluster, node: usize, expected: &Story) {
 
 #[test]
 fn a_killed_node_changes_no_bit_and_serves_again_once_restarted() {
-    let mut cluster = Cluster::start(&Shape::nodes(3));
+    let mut cluster = Alone::start(&Shape::nodes(3));
     let expected = undisturbed(&cluster);
 
     let api = cluster.api.clone();
@@ -67,7 +67,7 @@ fn a_killed_node_changes_no_bit_and_serves_again_once_restarted() {
 
 #[test]
 fn a_stopped_node_changes_no_bit_and_serves_again_once_continued() {
-    let cluster = Cluster::start(&Shape::nodes(3));
+    let cluster = Alone::start(&Shape::nodes(3));
     let expected = undisturbed(&cluster);
 
     let disturbed = cluster.api.story(TOKENS, |token| {
@@ -84,7 +84,7 @@ fn a_stopped_node_changes_no_bit_and_serves_again_once_continued() {
 
 #[test]
 fn without_any_node_left_the_router_tells_the_same_story() {
-    let mut cluster = Cluster::start(&Shape::nodes(3));
+    let mut cluster = Alone::start(&Shape::nodes(3));
     let expected = undisturbed(&cluster);
 
     let api = cluster.api.clone();

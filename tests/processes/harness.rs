@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
@@ -191,18 +192,41 @@ pub(crate) struct Cluster {
     node_arguments: Vec<Vec<String>>,
     router: Process,
     directory: TempDir,
-    _turn: Option<MutexGuard<'static, ()>>,
+}
+
+/// A cluster beside which no other such cluster runs.
+#[derive(Debug)]
+pub(crate) struct Alone {
+    cluster: Cluster,
+    // After the cluster: the next begins when this one is gone.
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Alone {
+    /// Starts it when it is its turn.
+    pub(crate) fn start(shape: &Shape<'_>) -> Alone {
+        let turn = turn();
+        Alone { cluster: Cluster::start(shape), _turn: turn }
+    }
+}
+
+impl Deref for Alone {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        &self.cluster
+    }
+}
+
+impl DerefMut for Alone {
+    fn deref_mut(&mut self) -> &mut Cluster {
+        &mut self.cluster
+    }
 }
 
 impl Cluster {
-    /// A cluster of its own, when it is its turn.
+    /// A cluster beside whatever else runs.
     pub(crate) fn start(shape: &Shape<'_>) -> Cluster {
-        let turn = turn();
-        Cluster { _turn: Some(turn), ..Cluster::start_beside(shape) }
-    }
-
-    /// A cluster beside others.
-    pub(crate) fn start_beside(shape: &Shape<'_>) -> Cluster {
         let directory = folder();
         let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
         let count = shape.nodes.to_string();
@@ -228,8 +252,7 @@ impl Cluster {
             })
             .collect();
         let api = Api::new(&format!("http://{http}"));
-        let mut cluster =
-            Cluster { api, nodes: Vec::new(), node_arguments, router, directory, _turn: None };
+        let mut cluster = Cluster { api, nodes: Vec::new(), node_arguments, router, directory };
         for index in 0..shape.nodes {
             cluster.nodes.push(None);
             cluster.start_node(index);

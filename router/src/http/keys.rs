@@ -21,7 +21,7 @@ impl std::fmt::Debug for ApiKeys {
 /// An address that must not be listened on.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{0} can be reached from other machines and no API key is set; give one with --api-key-file, or bind a \
+    "{0} can be reached from other machines and no API key is set; give one with --api-key, or bind a \
      loopback address such as 127.0.0.1"
 )]
 pub struct OpenBind(pub SocketAddr);
