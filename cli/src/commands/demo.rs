@@ -109,7 +109,7 @@ fn through_cluster(client: &Client, options: &StoryOptions) -> anyhow::Result<St
         if let Some(digest) = chunk.pointer("/choices/0/logits_digest").and_then(Value::as_str) {
             story.logits_digest = Some(digest.to_owned());
         }
-        if let Some(bytes) = chunk.pointer("/metrics/wire_bytes").and_then(Value::as_u64) {
+        if let Some(bytes) = chunk.pointer("/metrics/moemesh/wire_bytes").and_then(Value::as_u64) {
             story.wire_bytes = bytes;
         }
         Ok(true)
