@@ -435,7 +435,11 @@ fn expert_sums_are_the_bits_of_the_definition() {
     let mut rng = Rng::new(2);
     let backends = backends();
     let (mut exact, mut flagged, mut broken) = (0, 0, 0);
-    for (rows, format, wild) in cases() {
+    // Every row count with every format, tame and wild in turn: both would take twice the time.
+    let in_turn = |(rows, format, wild): &(usize, Format, bool)| {
+        *rows > 64 || *wild == (rows / 2 + *format as usize).is_multiple_of(2)
+    };
+    for (rows, format, wild) in cases().filter(in_turn) {
         let case = ExpertCase::random(&mut rng, rows, format, wild);
         let expected = expected(&case.experts, &case.xs, &case.assignments, case.step_log2);
         for backend in &backends {
