@@ -27,7 +27,7 @@ impl<'a> Activations<'a> {
     /// Views `bytes` as `rows` rows. `None` where the length or the alignment does not fit.
     pub fn new(format: Format, rows: usize, inputs: usize, bytes: &'a [u8]) -> Option<Activations<'a>> {
         let len = rows.checked_mul(row_bytes(format, inputs))?;
-        let fits = bytes.len() == len && (bytes.is_empty() || bytes.as_ptr().addr() % 64 == 0);
+        let fits = bytes.len() == len && (bytes.is_empty() || bytes.as_ptr().addr().is_multiple_of(64));
         fits.then_some(Activations { format, rows, inputs, bytes })
     }
 

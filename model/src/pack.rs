@@ -17,6 +17,7 @@ mod writer;
 use std::collections::HashSet;
 use std::fs::File;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::checkpoint::{Checkpoint, read_limited};
 use crate::config::parse::limits::MAX_CONFIG_BYTES;
@@ -27,6 +28,7 @@ use crate::packed::{TensorKind, TensorName, expert_tensors, kind, router_tensors
 use crate::region::Bytes;
 pub use error::{PackError, Progress};
 use layout::{BlockPacker, Sink, Stack};
+pub use names::Source;
 use writer::{OpenFile, Written, sync_directory, write_durably};
 
 /// Longest part of a model's name in its cache directory.
@@ -48,7 +50,9 @@ pub fn open_or_pack(
         .map_err(|_| PackError(format!("{} is not UTF-8; download it again", config_path.display())))?;
     let config = parse::parse(&text).map_err(|error| PackError::config(&config_path, &error))?;
     let checkpoint = Checkpoint::open(directory)?;
-    let source = identity::identify(directory, &text, &checkpoint, cache, progress)?;
+    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+    let memory = identity::Memory { cache, now_s };
+    let source = identity::identify(directory, &text, &checkpoint, &memory, progress)?;
     let home = cache.join(format!("{}-{}", cache_name(directory), &source[..HASH_DIGITS]));
     let target = home.join(format.name());
     if let Some(found) = open_packed(&target, &source)? {
@@ -67,11 +71,9 @@ pub fn open_or_pack(
         .ok_or_else(|| PackError(format!("{} vanished after it was packed; start again", target.display())))
 }
 
-/// Every tensor of a checkpoint of this config: what it becomes part of, which part, its name and shape.
-pub fn source_tensors(
-    config: &ModelConfig,
-) -> impl Iterator<Item = (TensorName, usize, (String, Vec<usize>))> + '_ {
-    names::all(config).map(|(name, part, source)| (name, part, (source.name, source.shape)))
+/// Every tensor of a checkpoint of this config: what it becomes part of, which part, its name and shape there.
+pub fn source_tensors(config: &ModelConfig) -> impl Iterator<Item = (TensorName, usize, Source)> + '_ {
+    names::all(config)
 }
 
 fn open_packed(target: &Path, source: &str) -> Result<Option<PackedFiles>, PackError> {

@@ -202,7 +202,7 @@ fn kv_heads(
 }
 
 fn head_dim(keys: &mut Keys, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
-    if keys.is_null("head_dim") && hidden % heads != 0 {
+    if keys.is_null("head_dim") && !hidden.is_multiple_of(heads) {
         return Err(ConfigError(format!(
             "hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; give head_dim"
         )));

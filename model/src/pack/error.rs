@@ -33,14 +33,16 @@ impl PackError {
         PackError(format!("{}: {}", path.display(), error.0))
     }
 
-    /// A failed write, with what the whole pack needs where the disk is full.
+    /// A failed write. Where the disk is full the message says what the whole pack needs (0: little).
     pub(crate) fn write(path: &Path, needed: u64, error: &io::Error) -> PackError {
         let path = path.display();
-        PackError(match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => format!(
+        let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        PackError(match (full, needed) {
+            (true, 0) => format!("no space left for {path}; free some or set another cache directory"),
+            (true, _) => format!(
                 "no space left for {path}: the packed model takes {needed} bytes; free some or set another cache directory"
             ),
-            _ => format!("cannot write {path}: {error}"),
+            (false, _) => format!("cannot write {path}: {error}"),
         })
     }
 }

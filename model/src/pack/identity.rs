@@ -9,7 +9,6 @@
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +20,14 @@ use crate::checkpoint::Checkpoint;
 const YOUNG_S: i64 = 3;
 /// Bytes hashed between two reports of progress.
 const CHUNK_BYTES: usize = 16 << 20;
+
+/// Where hashes are remembered.
+pub(crate) struct Memory<'a> {
+    /// The cache directory.
+    pub(crate) cache: &'a Path,
+    /// Seconds since 1970.
+    pub(crate) now_s: i64,
+}
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Remembered {
@@ -57,29 +64,28 @@ fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Hash of the checkpoint in `directory`, hexadecimal; remembered in `cache`.
+/// Hash of the checkpoint in `directory`, hexadecimal; remembered in `memory`.
 pub(crate) fn identify(
     directory: &Path,
     config: &str,
     checkpoint: &Checkpoint,
-    cache: &Path,
+    memory: &Memory<'_>,
     progress: Progress<'_>,
 ) -> Result<String, PackError> {
     let stamps = stamps(directory, checkpoint)?;
     let key = blake3::hash(directory.as_os_str().as_encoded_bytes()).to_hex();
-    let memory = cache.join("identities").join(format!("{}.json", &key[..32]));
+    let path = memory.cache.join("identities").join(format!("{}.json", &key[..32]));
     let remembered =
-        std::fs::read(&memory).ok().and_then(|text| serde_json::from_slice::<Remembered>(&text).ok());
+        std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Remembered>(&text).ok());
     if let Some(remembered) = remembered.filter(|known| known.directory == directory && known.files == stamps)
     {
         return Ok(remembered.hash);
     }
     let hash = hash(config, checkpoint, progress);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
-    let settled = |stamp: &Stamp| stamp.modified.0.max(stamp.changed.0) + YOUNG_S < now;
+    let settled = |stamp: &Stamp| stamp.modified.0.max(stamp.changed.0) + YOUNG_S < memory.now_s;
     if stamps.iter().all(settled) {
         let record = Remembered { directory: directory.to_path_buf(), files: stamps, hash: hash.clone() };
-        remember(&memory, &record);
+        remember(&path, &record);
     }
     Ok(hash)
 }

@@ -5,9 +5,11 @@ use crate::packed::{self, TensorName};
 
 /// One tensor of a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Source {
-    pub(crate) name: String,
-    pub(crate) shape: Vec<usize>,
+pub struct Source {
+    /// Its name there.
+    pub name: String,
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
 }
 
 /// The tensors that `name` is stacked from, in order (an expert: gate, up, down). Empty where there is none.

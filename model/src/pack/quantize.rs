@@ -20,10 +20,9 @@ type Lanes = [f32; BLOCK_OUTPUTS];
 /// Adding and subtracting this rounds an f32 below 2^22 in magnitude to the nearest integer, ties to even.
 const ROUND: f32 = 12_582_912.0;
 
-/// Scales tried for q4, as multiples of the one that maps the extreme weight to -8: `8 / (8 + x)`.
-/// Trying 7 of these leaves 0.9 % more error, trying 33 gains 0.1 %.
-const Q4_TRIALS: [f32; 17] =
-    [0.0, -1.6, -1.4, -1.2, -1.0, -0.8, -0.6, -0.4, -0.2, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6];
+/// Scales tried for q4: the extreme weight goes to -8 minus this. On trained weights the search leaves 6 % less
+/// rms error than the first alone with GGUF's rounding; a search four times as fine gains another 0.05 %.
+const Q4_TRIALS: [f32; 9] = [0.0, -1.5, -1.2, -0.9, -0.6, -0.3, 0.3, 0.6, 0.9];
 
 /// A weight that cannot be packed: in this output of the row block.
 #[derive(Clone, Copy, Debug, PartialEq)]

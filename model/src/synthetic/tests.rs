@@ -138,7 +138,7 @@ fn a_written_checkpoint_is_a_checkpoint() {
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     assert_eq!(checkpoint.files().count(), 1);
     let mut count = 0;
-    for (_, _, (name, shape)) in crate::pack::source_tensors(&config) {
+    for (_, _, crate::pack::Source { name, shape }) in crate::pack::source_tensors(&config) {
         let view = checkpoint.tensor(&name, &shape).unwrap();
         let mut row = vec![0.0; view.row_len()];
         view.row_to_f32(view.shape[0] as usize - 1, &mut row);
@@ -161,7 +161,9 @@ fn shards_hold_the_same_tensors_as_one_file() {
     write::write(&spec, (many.path(), 100_000), &mut |_, _, _| {}).unwrap();
     let (one, many) = (Checkpoint::open(one.path()).unwrap(), Checkpoint::open(many.path()).unwrap());
     assert_eq!((one.files().count(), many.files().count()), (1, 5));
-    for (_, _, (name, shape)) in crate::pack::source_tensors(&spec.model_config().unwrap()) {
+    for (_, _, crate::pack::Source { name, shape }) in
+        crate::pack::source_tensors(&spec.model_config().unwrap())
+    {
         assert_eq!(
             one.tensor(&name, &shape).unwrap().bytes,
             many.tensor(&name, &shape).unwrap().bytes,

@@ -16,7 +16,7 @@ use super::spec::{Spec, SyntheticError};
 use super::tokenizer;
 use crate::checkpoint::{INDEX_FILE, SINGLE_FILE};
 use crate::config::ModelConfig;
-use crate::pack::{Progress, source_tensors};
+use crate::pack::{Progress, Source, source_tensors};
 use crate::packed::TensorName;
 
 /// Largest shard, bytes, as usual on Hugging Face.
@@ -116,15 +116,15 @@ fn shards(
     Ok(())
 }
 
-fn plan(
-    config: &ModelConfig,
-    name: TensorName,
-    part: usize,
-    (source, shape): (String, Vec<usize>),
-) -> Planned {
+fn plan(config: &ModelConfig, name: TensorName, part: usize, source: Source) -> Planned {
     let [first, down] = rms(config, name);
     let is_down = matches!(name, TensorName::Expert(..)) && part == 2;
-    Planned { name: source, shape, centre: centre(name), rms: if is_down { down } else { first } }
+    Planned {
+        name: source.name,
+        shape: source.shape,
+        centre: centre(name),
+        rms: if is_down { down } else { first },
+    }
 }
 
 fn write_shard(

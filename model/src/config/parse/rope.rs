@@ -21,12 +21,10 @@ const MAX_FACTOR: f64 = 1e6;
 pub(super) fn rope(keys: &mut Keys, default_theta: f64, context: usize) -> Result<Rope, ConfigError> {
     let old = keys.object("rope_scaling")?;
     let new = keys.object("rope_parameters")?;
-    if let (Some(old), Some(new)) = (&old, &new) {
-        if old != new {
-            return Err(ConfigError(
-                "rope_scaling and rope_parameters differ; remove rope_scaling".to_string(),
-            ));
-        }
+    if let (Some(old), Some(new)) = (&old, &new)
+        && old != new
+    {
+        return Err(ConfigError("rope_scaling and rope_parameters differ; remove rope_scaling".to_string()));
     }
     let mut inner = Keys::new(old.or(new).unwrap_or_default());
     inner.family = keys.family;

@@ -220,6 +220,10 @@ fn what_would_change_the_computation_is_refused_by_name() {
         let found = message(&with(&tiny(family), changes));
         assert!(found.starts_with("config.json: ") && found.contains(part), "{part}\n{found}");
     }
+}
+
+#[test]
+fn what_is_not_a_config_is_refused() {
     assert!(message("{}").contains("model_type is missing"));
     assert!(message("[]").contains("must be a JSON object"));
     assert!(message("{\"model_type\": ").contains("not valid JSON"));
