@@ -208,3 +208,35 @@ impl ModelConfig {
         self.layers.iter().enumerate().filter(|(_, layer)| layer.ffn == Ffn::Moe).map(|(index, _)| index)
     }
 }
+
+/// Bytes of weights that one token reads: what a decode step is bounded by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenBytes {
+    /// Attention, gates, dense and shared blocks, head: always on the router.
+    pub router: u64,
+    /// The chosen routed experts of all layers.
+    pub experts: u64,
+}
+
+impl ModelConfig {
+    /// Weight bytes per token with large matrices in `format` (norms and biases are left out: under 0.1 %).
+    pub fn token_bytes(&self, format: crate::format::Format) -> TokenBytes {
+        let matrix = |outputs, inputs| format.matrix_bytes(outputs, inputs) as u64;
+        let block = |inter| matrix(2 * inter, self.hidden) + matrix(self.hidden, inter);
+        let mut bytes = TokenBytes { router: matrix(self.vocab, self.hidden), experts: 0 };
+        for layer in &self.layers {
+            bytes.router += matrix(self.q_width() + 2 * self.kv_width(), self.hidden);
+            bytes.router += matrix(self.hidden, self.q_width());
+            match layer.ffn {
+                Ffn::Dense(inter) => bytes.router += block(inter),
+                Ffn::Moe => {
+                    bytes.router += (self.moe.experts * self.hidden * size_of::<f32>()) as u64;
+                    bytes.router += self.moe.shared_inter.map_or(0, block);
+                    bytes.experts +=
+                        self.moe.top_k as u64 * format.expert_bytes(self.hidden, self.moe.inter) as u64;
+                }
+            }
+        }
+        bytes
+    }
+}

@@ -5,7 +5,12 @@
 //! something it can run; after that, one call computes one product for any number of rows, or all the experts
 //! of one layer that a process holds (one call per (node, layer), never one operator per expert).
 
+pub mod bench;
+#[cfg(feature = "torch")]
+pub mod libtorch;
 pub mod native;
+
+mod call;
 
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -8,9 +8,9 @@
 
 pub mod reference;
 
-pub mod decoder;
+pub mod home;
 
-pub mod kv;
+pub mod decoder;
 
 pub mod open;
 

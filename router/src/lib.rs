@@ -2,6 +2,8 @@
 //!
 //! A module imports only modules listed after it (tests: tidy).
 
+pub mod serve;
+
 pub mod http;
 
 pub mod prompt;
@@ -10,9 +12,15 @@ pub mod stream;
 
 pub mod engine;
 
+pub mod forward;
+
+pub mod dispatch;
+
 pub mod scheduler;
 
 pub mod sampler;
+
+pub mod cost;
 
 pub mod metrics;
 

@@ -235,6 +235,11 @@ impl EngineHandle {
         &self.facts
     }
 
+    /// Whether the engine thread has ended or is ending.
+    pub fn is_closed(&self) -> bool {
+        self.commands.is_closed()
+    }
+
     /// Checks a request and hands it to the engine. Dropping the stream cancels it.
     pub fn submit(&self, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, GenerateError> {
         let facts = &self.facts;

@@ -1,1 +1,5 @@
-//! tests
+//! Tests that cross crates, in one program: one link, one start.
+
+mod golden;
+
+mod tidy;

@@ -25,7 +25,7 @@ use mesh_wire::message::Message;
 use quinn::{Endpoint, Incoming};
 use thiserror::Error;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -168,9 +168,9 @@ impl Seat {
     }
 }
 
+/// What other threads want of the network thread.
 enum Command {
     Plan,
-    Stop(String),
 }
 
 struct Shared {
@@ -191,7 +191,9 @@ pub struct Hub {
     local: SocketAddr,
     spin: Duration,
     commands: mpsc::Sender<Command>,
-    thread: Option<JoinHandle<()>>,
+    /// Set once, to the reason; not a command, as a queue may be full.
+    stop: watch::Sender<Option<String>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Names the address.
@@ -223,10 +225,12 @@ impl Hub {
         let spin = config.spin;
         let shared = Arc::new(Shared::new(config));
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (stop, stopped) = watch::channel(None);
         let server = Server { shared: Arc::clone(&shared), endpoint, sessions: JoinSet::new() };
-        let thread =
-            std::thread::Builder::new().name("mesh-hub".into()).spawn(move || server.run(runtime, inbox))?;
-        Ok(Hub { shared, local, spin, commands, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("mesh-hub".into())
+            .spawn(move || server.run(runtime, inbox, stopped))?;
+        Ok(Hub { shared, local, spin, commands, stop, thread: Mutex::new(Some(thread)) })
     }
 
     /// Where it listens.
@@ -323,18 +327,12 @@ impl Hub {
         }
     }
 
-    /// Says goodbye to the nodes, closes, and waits for the thread: half a second at most.
-    pub fn shutdown(mut self, reason: &str) {
-        self.stop(reason);
-    }
-
-    fn stop(&mut self, reason: &str) {
-        let Some(thread) = self.thread.take() else { return };
-        let commands = self.commands.clone();
-        // The network thread always comes back to its commands, so this waits a moment at most.
-        if commands.blocking_send(Command::Stop(reason.to_owned())).is_err() {
-            tracing::debug!("the network thread has ended already");
-        }
+    /// Says goodbye to the nodes, closes, and waits for the thread: half a second at most. Calls still out fail with
+    /// `Gone`. Only the first call does anything.
+    pub fn shutdown(&self, reason: &str) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = thread else { return };
+        self.stop.send_replace(Some(reason.to_owned()));
         if thread.join().is_err() {
             tracing::error!("the network thread panicked");
         }
@@ -343,7 +341,7 @@ impl Hub {
 
 impl Drop for Hub {
     fn drop(&mut self) {
-        self.stop("the router is stopping");
+        self.shutdown("the router is stopping");
     }
 }
 
@@ -426,22 +424,21 @@ struct Server {
 }
 
 impl Server {
-    fn run(self, runtime: Runtime, inbox: mpsc::Receiver<Command>) {
-        runtime.block_on(self.serve(inbox));
+    fn run(self, runtime: Runtime, inbox: mpsc::Receiver<Command>, stop: watch::Receiver<Option<String>>) {
+        runtime.block_on(self.serve(inbox, stop));
         runtime.shutdown_background();
     }
 
-    async fn serve(mut self, mut inbox: mpsc::Receiver<Command>) {
+    async fn serve(mut self, mut inbox: mpsc::Receiver<Command>, mut stop: watch::Receiver<Option<String>>) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let greeting = Arc::new(AtomicU64::new(0));
         let reason = loop {
             tokio::select! {
-                command = inbox.recv() => match command {
-                    Some(Command::Plan) => self.shared.feed(Event::Plan),
-                    Some(Command::Stop(reason)) => break reason,
-                    None => break String::new(),
-                },
+                reason = stop.wait_for(Option::is_some) => {
+                    break reason.ok().and_then(|reason| reason.clone()).unwrap_or_default();
+                }
+                Some(Command::Plan) = inbox.recv() => self.shared.feed(Event::Plan),
                 _ = ticks.tick() => self.shared.feed(Event::Tick),
                 incoming = self.endpoint.accept() => match incoming {
                     Some(incoming) => self.greet(incoming, &greeting),

@@ -205,6 +205,11 @@ impl OutgoingCall {
         self.assignments
     }
 
+    /// Bytes that will cross the wire, header included.
+    pub fn frame_bytes(&self) -> usize {
+        self.buffer.frame().len()
+    }
+
     /// The frame.
     pub fn into_buffer(self) -> Buffer {
         self.buffer

@@ -4,9 +4,9 @@
 //! the speed of memory; and every machine, thread count and batch must round alike. Idea: one layout for all
 //! instruction sets (`format`), exact integer dot products per group of 32, f32 operations in one fixed order
 //! (`definition`), integer sums over experts. Files: `definition` (the bits), `isa` (the table and its choice),
-//! `scalar`, `avx2`, `avx512` (products), `elementwise` (the rest, compiled per instruction set), `tiles` (rows),
+//! `scalar`, `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `tiles` (rows),
 //! `weights` (checked bytes), `linear` and `experts` (drivers), `pool` (threads), `ops` (row operations for the
-//! forward pass).
+//! forward pass), `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -15,20 +15,27 @@
     reason = "index loops over arrays become vector code; iterator closures are compiled without target features"
 )]
 
+pub mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_bf16;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
 pub mod definition;
 mod elementwise;
 mod experts;
 mod isa;
+pub mod kv;
 mod linear;
 pub mod ops;
 mod pool;
 mod scalar;
+pub mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tiles;
 mod weights;
 

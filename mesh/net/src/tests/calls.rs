@@ -300,7 +300,8 @@ fn shutdown_says_goodbye_and_both_sides_end() {
     raw.say(&Message::Hello(super::harness::hello()));
     drop(raw.hear(Op::Placement));
     let pending = hub.send(1, Lane::Decode, outgoing(hub.pool(), layer::SILENT, 1, LONG_US));
-    hub.shutdown("it is late");
+    // Also from within a runtime, as a server that ends does.
+    raw.runtime.block_on(async { hub.shutdown("it is late") });
     assert_eq!(pending.wait().unwrap_err(), CallError::Gone);
     let Message::Goodbye(goodbye) = raw.hear(Op::Goodbye) else { panic!("not a goodbye") };
     assert_eq!(goodbye.reason, "it is late");

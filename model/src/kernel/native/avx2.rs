@@ -9,11 +9,11 @@
 use std::arch::x86_64::*;
 
 use super::avx512::prefetch;
-use super::definition::LANES;
+use super::definition::{LANES, QUIET, QuantizedGroup};
 use super::isa::{Added, Block, Outputs, Terms};
 use super::scalar::COMBINE_GROUPS;
 use super::tiles::{Tile, View};
-use crate::format::Format;
+use crate::format::{Format, GROUP};
 
 /// Rows per pass: more would not fit 16 registers.
 const PASS: usize = 4;
@@ -240,4 +240,44 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
         }
     }
     super::ops::narrow_each(rest, out_rest);
+}
+
+/// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
+    let mut v = [_mm256_setzero_ps(); 4];
+    let mut peaks = _mm256_setzero_si256();
+    for (v, x) in v.iter_mut().zip(x.as_chunks::<HALF>().0) {
+        // SAFETY: 8 floats are readable; the load has no alignment demand.
+        *v = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+        let magnitude = _mm256_and_si256(_mm256_castps_si256(*v), _mm256_set1_epi32(i32::MAX));
+        peaks = _mm256_max_epu32(peaks, magnitude);
+    }
+    let m = _mm_max_epu32(_mm256_castsi256_si128(peaks), _mm256_extracti128_si256::<1>(peaks));
+    let m = _mm_max_epu32(m, _mm_shuffle_epi32::<0b1110>(m));
+    let peak = _mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32::<0b01>(m))) as u32;
+    let mut out = QuantizedGroup::quiet();
+    if peak >= f32::INFINITY.to_bits() {
+        out.scale = f32::NAN;
+        return out;
+    }
+    let amax = f32::from_bits(peak);
+    if amax < QUIET {
+        return out;
+    }
+    let inverse = _mm256_set1_ps(127.0 / amax);
+    let q = v.map(|v| _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse)));
+    // Packing works within 128-bit halves; the permutation puts the quads back in order.
+    let words = (_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+    let bytes = _mm256_packs_epi16(words.0, words.1);
+    let bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    // SAFETY: 32 bytes are writable.
+    unsafe { _mm256_storeu_si256(out.values.as_mut_ptr().cast(), bytes) };
+    let sums = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+    let s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+    let s = _mm_add_epi32(s, _mm_shuffle_epi32::<0b1110>(s));
+    out.sum = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32::<0b01>(s)));
+    out.scale = amax / 127.0;
+    out
 }

@@ -9,11 +9,11 @@
 
 use std::arch::x86_64::*;
 
-use super::definition::LANES;
+use super::definition::{LANES, QUIET, QuantizedGroup};
 use super::isa::{Added, Block, Outputs, Terms};
 use super::scalar::COMBINE_GROUPS;
 use super::tiles::{Quads, Tile, View};
-use crate::format::Format;
+use crate::format::{Format, GROUP};
 
 /// Runs a block for each row index below `$n`, as literals.
 macro_rules! rows {
@@ -250,4 +250,36 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
         }
     }
     super::ops::narrow_each(rest, out_rest);
+}
+
+/// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
+    // SAFETY: 32 floats are readable; the loads have no alignment demand.
+    let (a, b) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(LANES))) };
+    let magnitude = _mm512_set1_epi32(i32::MAX);
+    let low = _mm512_and_si512(_mm512_castps_si512(a), magnitude);
+    let high = _mm512_and_si512(_mm512_castps_si512(b), magnitude);
+    let peak = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
+    let mut out = QuantizedGroup::quiet();
+    if peak >= f32::INFINITY.to_bits() {
+        out.scale = f32::NAN;
+        return out;
+    }
+    let amax = f32::from_bits(peak);
+    if amax < QUIET {
+        return out;
+    }
+    let inverse = _mm512_set1_ps(127.0 / amax);
+    let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+    let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+    // SAFETY: 32 bytes are writable.
+    unsafe {
+        _mm_storeu_si128(out.values.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));
+        _mm_storeu_si128(out.values.as_mut_ptr().add(LANES).cast(), _mm512_cvtepi32_epi8(b));
+    }
+    out.scale = amax / 127.0;
+    out.sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    out
 }

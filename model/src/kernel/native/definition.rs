@@ -35,6 +35,14 @@ pub struct QuantizedGroup {
     pub sum: i32,
 }
 
+impl QuantizedGroup {
+    /// All zeros.
+    #[inline(always)]
+    pub fn quiet() -> QuantizedGroup {
+        QuantizedGroup { values: [0; GROUP], scale: 0.0, sum: 0 }
+    }
+}
+
 /// Quantizes one group: `scale = amax / 127`, `q = rne(x * (127 / amax))`, both divisions IEEE. `amax` is taken
 /// over bit patterns, which orders NaN above infinity above finite and does not depend on the order. No clamp is
 /// needed: `x * (127 / amax)` rounds to at most 127.
@@ -45,9 +53,9 @@ pub fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
         peak = peak.max(v.to_bits() & 0x7fff_ffff);
     }
     let amax = f32::from_bits(peak);
-    let mut out = QuantizedGroup { values: [0; GROUP], scale: 0.0, sum: 0 };
+    let mut out = QuantizedGroup::quiet();
     if peak >= f32::INFINITY.to_bits() {
-        out.scale = f32::from_bits(0x7fc0_0000);
+        out.scale = f32::NAN;
         return out;
     }
     if amax < QUIET {
@@ -94,6 +102,12 @@ pub fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub fn swiglu(gate: f32, up: f32) -> f32 {
     gate / (1.0 + exp(-gate)) * up
+}
+
+/// `1 / (1 + exp(-x))`.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
 }
 
 /// One addend of the combine before rounding: `(y * weight) * scale`, where `scale` is the power of two

@@ -3,13 +3,13 @@
 //! Idea: the bodies are `inline(always)` loops over arrays of 16; inside a function with target features they
 //! become its vector instructions, and since rustc neither contracts nor reassociates, the bits are those of the
 //! definition. Plain loops, because a closure handed to the standard library is compiled without the features.
-//! Holds the bf16 products (f32 activations, 16 lanes, one tree), the activation step between the two phases,
+//! Holds the portable bf16 products (f32 activations, 16 lanes, one tree), the activation step between the two phases,
 //! and the row operations that `ops` offers.
 #![allow(unsafe_code, reason = "target features, enabled only by tables chosen after detection")]
 
 use std::ops::Range;
 
-use super::definition::{self, LANES, combine_term, widen_bf16};
+use super::definition::{self, LANES, QuantizedGroup, combine_term, widen_bf16};
 use super::isa::{Added, Block, GateUp, Outputs, Terms};
 use super::tiles::{GroupSlots, View};
 use crate::format::{COMBINE_BLOCK, GROUP};
@@ -79,16 +79,16 @@ pub(super) fn lanes_of_rows(block: Block<'_>, row: &[f32], range: Range<usize>, 
     }
 }
 
-#[inline(always)]
-fn product_bf16(block: Block<'_>, x: View<'_>, out: &mut [Outputs<f32>]) {
+/// Products of a bf16 row block with all rows of `x`, portably.
+pub(super) fn product_bf16(block: Block<'_>, x: View<'_>, out: &mut [Outputs<f32>]) {
     let width = x.groups * GROUP;
     for row in 0..x.rows {
         lanes_of_rows(block, &x.floats[row * width..][..width], 0..width, &mut out[row]);
     }
 }
 
-#[inline(always)]
-fn combine_bf16(block: Block<'_>, x: View<'_>, terms: Terms<'_>, mut added: Added<'_>) {
+/// The same with the combine of DESIGN section 5.
+pub(super) fn combine_bf16(block: Block<'_>, x: View<'_>, terms: Terms<'_>, mut added: Added<'_>) {
     let width = x.groups * GROUP;
     for row in 0..x.rows {
         let mut start = 0;
@@ -103,7 +103,7 @@ fn combine_bf16(block: Block<'_>, x: View<'_>, terms: Terms<'_>, mut added: Adde
 }
 
 #[inline(always)]
-fn activate_rows(products: GateUp<'_>, slots: &GroupSlots) {
+fn activate_rows(quantize: QuantizeGroup, products: GateUp<'_>, slots: &GroupSlots) {
     for row in 0..products.gate[0].len() {
         let mut h = [0.0f32; GROUP];
         for half in 0..2 {
@@ -113,12 +113,16 @@ fn activate_rows(products: GateUp<'_>, slots: &GroupSlots) {
             }
         }
         if slots.quantized() {
-            slots.put(row, &definition::quantize_group(&h));
+            // SAFETY: the quantizer of the instruction set that this is compiled for.
+            slots.put(row, &unsafe { quantize(&h) });
         } else {
             slots.put_floats(row, &h);
         }
     }
 }
+
+/// The quantizer of one instruction set. LLVM makes gathers of the plain one, so SIMD has its own.
+type QuantizeGroup = unsafe fn(&[f32; GROUP]) -> QuantizedGroup;
 
 /// Row operations of one instruction set, as `ops::Ops` calls them.
 pub(super) struct RowFunctions {
@@ -134,27 +138,16 @@ pub(super) struct RowFunctions {
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [f32]) -> bool,
 }
 
-/// Quantizes a row into whole groups, zeros past its end. Whether every value was finite.
+/// Group `g` of a row, zeros past its end.
 #[inline(always)]
-fn quantize_row(x: &[f32], values: &mut [i8], scales: &mut [f32]) -> bool {
-    let mut finite = true;
-    let values = values.as_chunks_mut::<GROUP>().0;
-    let (whole, rest) = x.as_chunks::<GROUP>();
-    for g in 0..whole.len() {
-        let group = definition::quantize_group(&whole[g]);
-        values[g] = group.values;
-        scales[g] = group.scale;
-        finite &= group.scale.is_finite();
+fn padded_group(x: &[f32], g: usize) -> [f32; GROUP] {
+    let rest = &x[g * GROUP..];
+    let mut group = [0.0; GROUP];
+    match rest.first_chunk() {
+        Some(whole) => group = *whole,
+        None => group[..rest.len()].copy_from_slice(rest),
     }
-    if !rest.is_empty() {
-        let mut padded = [0.0; GROUP];
-        padded[..rest.len()].copy_from_slice(rest);
-        let group = definition::quantize_group(&padded);
-        values[whole.len()] = group.values;
-        scales[whole.len()] = group.scale;
-        finite &= group.scale.is_finite();
-    }
-    finite
+    group
 }
 
 #[inline(always)]
@@ -190,15 +183,13 @@ fn scale_each(p: f32, x: &mut [f32]) {
 }
 
 macro_rules! compiled_for {
-    ($name:ident $(, $features:literal)?) => {
+    ($name:ident, $quantize:path $(, $features:literal)?) => {
         /// The functions above, compiled for one instruction set.
         pub(super) mod $name {
             use super::*;
 
             compiled_for!(@ ($($features)?)
-                pub(in super::super) fn product(block: Block<'_>, x: View<'_>, out: &mut [Outputs<f32>]) { product_bf16(block, x, out) }
-                pub(in super::super) fn combine(block: Block<'_>, x: View<'_>, terms: Terms<'_>, added: Added<'_>) { combine_bf16(block, x, terms, added) }
-                pub(in super::super) fn activate(products: GateUp<'_>, slots: &GroupSlots) { activate_rows(products, slots) }
+                pub(in super::super) fn activate(products: GateUp<'_>, slots: &GroupSlots) { activate_rows($quantize, products, slots) }
                 fn dot(a: &[f32], b: &[f32]) -> f32 { definition::dot16(a, b) }
                 fn dot_rows(weights: &[f32], x: &[f32], out: &mut [f32]) { dot_each_row(weights, x, out) }
                 fn sum(x: &[f32]) -> f32 { definition::sum16(x) }
@@ -208,7 +199,16 @@ macro_rules! compiled_for {
                 fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) { swiglu_each(gate, up, out) }
                 fn axpy(p: f32, v: &[f32], acc: &mut [f32]) { axpy_each(p, v, acc) }
                 fn scale(p: f32, x: &mut [f32]) { scale_each(p, x) }
-                fn quantize(x: &[f32], values: &mut [i8], scales: &mut [f32]) -> bool { quantize_row(x, values, scales) }
+                fn quantize(x: &[f32], values: &mut [i8], scales: &mut [f32]) -> bool {
+                    let (values, mut finite) = (values.as_chunks_mut::<GROUP>().0, true);
+                    for g in 0..scales.len() {
+                        let group = ($quantize)(&padded_group(x, g));
+                        values[g] = group.values;
+                        scales[g] = group.scale;
+                        finite &= group.scale.is_finite();
+                    }
+                    finite
+                }
             );
 
             /// The row operations of this instruction set.
@@ -221,8 +221,12 @@ macro_rules! compiled_for {
     (@ ($features:literal) $($item:item)*) => { $( #[target_feature(enable = $features)] $item )* };
 }
 
-compiled_for!(scalar);
+compiled_for!(scalar, definition::quantize_group);
 #[cfg(target_arch = "x86_64")]
-compiled_for!(avx2, "avx2,fma,f16c");
+compiled_for!(avx2, crate::kernel::native::avx2::quantize_group, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-compiled_for!(avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+compiled_for!(
+    avx512,
+    crate::kernel::native::avx512::quantize_group,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);

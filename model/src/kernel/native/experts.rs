@@ -22,6 +22,7 @@ use super::weights::ExpertWeights;
 use super::{Crew, Engine, SEGMENT_ROWS, Space, ThreadSpace, part};
 use crate::activations::Activations;
 use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
+use crate::kernel::call::{Expected, beyond_f32, check_call, may_overflow};
 use crate::kernel::{Assignment, KernelError, LayerExperts, PartialSums};
 use crate::packed::PackedExpert;
 
@@ -115,30 +116,8 @@ impl NativeExperts {
     }
 
     fn check(&self, x: &Activations<'_>, assignments: &[Assignment]) -> Result<(), KernelError> {
-        if !assignments.is_empty() && (x.format() != self.format || x.inputs() != self.hidden) {
-            return Err(KernelError::Call(format!(
-                "experts of width {} in {} were given rows of {} for {}",
-                self.hidden,
-                self.format,
-                x.inputs(),
-                x.format()
-            )));
-        }
-        for a in assignments {
-            if self.expert(a.expert).is_none() {
-                return Err(KernelError::Call(format!("expert {} is not held here", a.expert)));
-            }
-            if a.row as usize >= x.rows() {
-                return Err(KernelError::Call(format!("row {} of a batch of {}", a.row, x.rows())));
-            }
-            if !a.weight.is_finite() {
-                return Err(KernelError::Call(format!(
-                    "row {} has routing weight {} for expert {}",
-                    a.row, a.weight, a.expert
-                )));
-            }
-        }
-        Ok(())
+        let expected = Expected { format: self.format, hidden: self.hidden, holds: &|e| self.holds(e) };
+        check_call(expected, x, assignments)
     }
 
     /// Sorts a checked call into `plan`.
@@ -296,10 +275,7 @@ impl NativeExperts {
         for (block, to) in to.chunks_mut(BLOCK_OUTPUTS).enumerate() {
             let terms = Terms { weights: &[a.weight], scale: self.scale };
             if !combine_wide(expert.down(block, 1), h.view(segment.h), terms, to) {
-                return Err(KernelError::Call(format!(
-                    "row {} gives NaN or infinity in expert {}: its numbers exceed f32",
-                    a.row, a.expert
-                )));
+                return Err(beyond_f32(a));
             }
         }
         Ok(())
@@ -323,12 +299,6 @@ impl GateUpPhase<'_> {
 struct DownPhase<'a> {
     slot: &'a mut ThreadSpace,
     sums: Columns<i32>,
-}
-
-/// Whether `addends` values of magnitude at most `peak` (f32 bits), each rounded, could leave i32.
-fn may_overflow(peak: u32, addends: u32) -> bool {
-    let bound = (f64::from(f32::from_bits(peak)) + 1.0) * f64::from(addends);
-    bound.is_nan() || bound >= f64::from(1u32 << 31)
 }
 
 impl LayerExperts for NativeExperts {

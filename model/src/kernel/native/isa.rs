@@ -11,7 +11,7 @@ use std::str::FromStr;
 use super::definition::LANES;
 use super::tiles::{GroupSlots, View};
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
+use super::{avx2, avx2_bf16, avx512, avx512_bf16};
 use super::{elementwise, scalar};
 use crate::format::Format;
 
@@ -154,22 +154,22 @@ pub(super) struct Table {
 }
 
 static SCALAR: Functions = Functions {
-    product: [elementwise::scalar::product, scalar::product_q8, scalar::product_q4],
-    combine: [elementwise::scalar::combine, scalar::combine_q8, scalar::combine_q4],
+    product: [elementwise::product_bf16, scalar::product_q8, scalar::product_q4],
+    combine: [elementwise::combine_bf16, scalar::combine_q8, scalar::combine_q4],
     activate: elementwise::scalar::activate,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: Functions = Functions {
-    product: [elementwise::avx2::product, avx2::product::<544>, avx2::product::<288>],
-    combine: [elementwise::avx2::combine, avx2::combine::<544>, avx2::combine::<288>],
+    product: [avx2_bf16::product, avx2::product::<544>, avx2::product::<288>],
+    combine: [avx2_bf16::combine, avx2::combine::<544>, avx2::combine::<288>],
     activate: elementwise::avx2::activate,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512: Functions = Functions {
-    product: [elementwise::avx512::product, avx512::product::<544>, avx512::product::<288>],
-    combine: [elementwise::avx512::combine, avx512::combine::<544>, avx512::combine::<288>],
+    product: [avx512_bf16::product, avx512::product::<544>, avx512::product::<288>],
+    combine: [avx512_bf16::combine, avx512::combine::<544>, avx512::combine::<288>],
     activate: elementwise::avx512::activate,
 };
 

@@ -13,6 +13,7 @@ use super::weights::MatrixWeights;
 use super::{Crew, Engine, SEGMENT_ROWS, part};
 use crate::activations::Activations;
 use crate::format::{BLOCK_OUTPUTS, Format};
+use crate::kernel::call::check_product;
 use crate::kernel::{KernelError, Linear};
 use crate::packed::PackedMatrix;
 
@@ -74,18 +75,7 @@ impl Linear for NativeLinear {
     }
 
     fn apply(&self, x: Activations<'_>, y: &mut [f32]) -> Result<(), KernelError> {
-        if x.format() != self.format || x.inputs() != self.inputs || y.len() != x.rows() * self.outputs {
-            return Err(KernelError::Call(format!(
-                "matrix of {} x {} in {} was given {} rows of {} for {} and room for {} results",
-                self.outputs,
-                self.inputs,
-                self.format,
-                x.rows(),
-                x.inputs(),
-                x.format(),
-                y.len()
-            )));
-        }
+        check_product(self.format, (self.outputs, self.inputs), &x, y.len())?;
         if x.rows() == 0 {
             return Ok(());
         }

@@ -172,7 +172,9 @@ impl Ops {
         bytes: &mut [u8],
     ) -> Result<(), NonFinite> {
         let stride = row_bytes(format, inputs);
-        assert!(inputs > 0 && rows.len() % inputs == 0 && bytes.len() == rows.len() / inputs * stride);
+        assert!(
+            inputs > 0 && rows.len().is_multiple_of(inputs) && bytes.len() == rows.len() / inputs * stride
+        );
         for (row, (x, to)) in rows.chunks_exact(inputs).zip(bytes.chunks_exact_mut(stride)).enumerate() {
             let finite = if format.is_quantized() { self.quantize(x, to) } else { copy_row(x, to) };
             if !finite {

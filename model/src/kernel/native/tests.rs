@@ -382,11 +382,11 @@ impl ExpertCase {
         let size = |rng: &mut Rng, groups| {
             if aligned { GROUP * (1 + rng.below(groups)) } else { 1 + rng.below(GROUP * groups) }
         };
-        let hidden = size(rng, if rows > 64 { 2 } else { 4 });
+        let hidden = size(rng, if rows > 64 { 1 } else { 2 });
         // Widths differ: a process may hold slices of experts.
         let experts: Vec<LogicalExpert> = (0..3)
             .map(|_| {
-                let inter = size(rng, if rows > 64 { 5 } else { 9 });
+                let inter = size(rng, if rows > 64 { 5 } else { 8 });
                 let extreme = wild && rng.below(2) == 0;
                 LogicalExpert::random(rng, format, (hidden, inter), extreme)
             })
@@ -450,6 +450,9 @@ fn expert_sums_are_the_bits_of_the_definition() {
                 } else {
                     assert!(got.iter().zip(want).all(|(g, w)| i64::from(*g) == *w), "row {row}, {label}");
                 }
+            }
+            if backend.threads() > 1 {
+                continue; // the wide sums have no threads
             }
             let sound: Vec<Assignment> =
                 case.assignments.iter().filter(|a| !expected.broken[a.row as usize]).copied().collect();

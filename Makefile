@@ -1,0 +1,80 @@
+# The way in. `make` lists what there is; each goal first makes sure of libtorch (scripts/setup-libtorch: nothing to do
+# from the second time on). Everything is built in the release profile into one target directory, so `make lint`,
+# `make test` and `make demo` share what they compile.
+
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+ARCH := $(shell uname -m)
+DIST := $(TARGET_DIR)/dist
+
+.PHONY: help setup demo test bench lint doc dist
+
+help:
+	@echo "make setup   fetch or find libtorch 2.11 (LIBTORCH=/path uses yours, TORCH=cuda keeps the CUDA libraries)"
+	@echo "make demo    one router and three expert nodes on this machine tell a story"
+	@echo "make test    all tests"
+	@echo "make lint    formatting, clippy, documentation, licences"
+	@echo "make bench   kernels, link and decoding of this machine, as JSON"
+	@echo "make doc     API documentation in $(TARGET_DIR)/doc"
+	@echo "make dist    moemesh-$(ARCH).tar with libtorch beside the program, and one file without it"
+
+setup:
+	@scripts/setup-libtorch
+
+demo: setup
+	@echo "==> building moemesh (the first time takes minutes)"
+	@$(CARGO) build --release -p moemesh
+	@$(CARGO) run --quiet --release -p moemesh -- demo $(DEMO_ARGS)
+
+test: setup
+	@echo "==> tests (the first time compiles for minutes)"
+	$(CARGO) test --release --workspace
+
+bench: setup
+	@echo "==> building moemesh"
+	@$(CARGO) build --release -p moemesh
+	$(CARGO) run --quiet --release -p moemesh -- bench kernel --json
+	$(CARGO) run --quiet --release -p moemesh -- bench link --json
+	$(CARGO) run --quiet --release -p moemesh -- bench decode --json
+
+lint: setup
+	@echo "==> formatting"
+	@$(CARGO) fmt --all --check
+	@echo "==> clippy"
+	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	@echo "==> clippy without libtorch"
+	@$(CARGO) clippy --release -p moemesh --no-default-features -- -D warnings
+	@echo "==> documentation"
+	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+	@echo "==> licences, sources and advisories (deny.toml)"
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
+		echo "    skipped: cargo-deny is not installed (cargo install cargo-deny --locked)"; \
+	else \
+		$(CARGO) deny --log-level error --all-features check bans licenses sources || exit 1; \
+		if $(CARGO) deny --log-level off fetch db >/dev/null 2>&1; then \
+			$(CARGO) deny --log-level error --all-features check advisories; \
+		else echo "    advisories skipped: the advisory database cannot be reached"; fi; \
+	fi
+
+doc: setup
+	$(CARGO) doc --release --workspace --no-deps
+
+# bin/ finds lib/ by the rpath $ORIGIN/../lib that .cargo/config.toml links in. The linker script libtorch.so is for
+# linking only. The program without libtorch comes first, so that target/release/moemesh ends as `make demo` has it.
+dist: setup
+	@rm -rf $(DIST) && mkdir -p $(DIST)/moemesh/bin $(DIST)/moemesh/lib
+	@echo "==> building moemesh without libtorch"
+	@$(CARGO) build --release -p moemesh --no-default-features
+	@cp $(TARGET_DIR)/release/moemesh $(DIST)/moemesh-native-$(ARCH)
+	@echo "==> building moemesh"
+	@$(CARGO) build --release -p moemesh
+	@cp $(TARGET_DIR)/release/moemesh $(DIST)/moemesh/bin/
+	@echo "==> packing"
+	@for lib in .libtorch/lib/*.so* .libtorch/lib/*.dylib; do \
+		case $$lib in *'*'*|*/libtorch_python*|*/libshm*) continue;; esac; \
+		if head -c 5 "$$lib" | grep -q INPUT; then continue; fi; \
+		cp -L "$$lib" $(DIST)/moemesh/lib/ || exit 1; \
+	done
+	@cp LICENSE LICENSE-APACHE LICENSE-MIT README.md $(DIST)/moemesh/
+	@tar -C $(DIST) -cf $(DIST)/moemesh-$(ARCH).tar moemesh
+	@ls -l $(DIST)/moemesh-$(ARCH).tar $(DIST)/moemesh-native-$(ARCH)

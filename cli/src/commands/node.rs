@@ -1,0 +1,100 @@
+//! `moemesh node`: an expert node process.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use expert_node::node::{ExpertNode, NodeConfig};
+use mesh_net::identity::Identity;
+use mesh_net::roster::Roster;
+use mesh_net::station::StationConfig;
+
+use crate::model_options::ModelOptions;
+use crate::signals;
+
+/// Share of the machine's memory a node takes for experts unless told otherwise.
+const MEMORY_SHARE: f64 = 0.75;
+
+/// Options of `moemesh node`.
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Roster of the cluster
+    #[arg(long)]
+    roster: PathBuf,
+    /// This machine's key file
+    #[arg(long)]
+    key: PathBuf,
+    /// Address of the router, host:port (may be repeated; tried in order)
+    #[arg(long, required = true)]
+    router: Vec<String>,
+    /// Memory for experts, in MiB [default: three quarters of what the machine has]
+    #[arg(long)]
+    memory: Option<u64>,
+    /// Be as slow as a machine that reads this many GB/s of weights (for studies)
+    #[arg(long)]
+    pace_gb_s: Option<f64>,
+    /// Stop when standard input ends (for parents)
+    #[arg(long, hide = true)]
+    stop_with_parent: bool,
+}
+
+pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let (identity, roster) = (Identity::load(&options.key)?, Roster::load(&options.roster)?);
+    let index = roster.node_index(identity.id());
+    let name = index.and_then(|index| roster.nodes.get(usize::from(index)));
+    let name = name.map_or_else(|| "node".to_owned(), |machine| machine.name.clone());
+    let mut routers: Vec<SocketAddr> = Vec::new();
+    for router in &options.router {
+        let found =
+            router.to_socket_addrs().with_context(|| format!("find the router at '{router}' (host:port)"))?;
+        routers.extend(found);
+    }
+    ensure!(options.pace_gb_s.is_none_or(|pace| pace > 0.0), "--pace-gb-s must be above 0");
+    let model = options.model.open()?;
+    let (kernels, _) = options.model.load_kernels()?;
+    let memory_bytes = match options.memory {
+        Some(mebibytes) => mebibytes << 20,
+        None => (machine_memory() as f64 * MEMORY_SHARE) as u64,
+    };
+    let node = ExpertNode::start(NodeConfig {
+        name: name.clone(),
+        identity,
+        roster,
+        routers,
+        model: Arc::<model::open::Model>::clone(&model),
+        kernels,
+        threads: options.model.thread_count() as u16,
+        memory_bytes,
+        pace_gb_s: options.pace_gb_s,
+        pool_bytes_max: StationConfig::POOL_BYTES_MAX,
+    })?;
+    let stop = node.stop();
+    let with_parent = options.stop_with_parent;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    std::thread::spawn(move || {
+        if let Err(error) = runtime.block_on(signals::stop(with_parent)) {
+            tracing::error!(%error, "signals cannot be waited for; stop with kill");
+            return;
+        }
+        stop.trigger();
+    });
+    if !with_parent {
+        println!("{name} serves experts of {}; Ctrl-C ends it", model.name);
+    }
+    node.join()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Bytes of memory the machine has; 4 GiB where it does not say.
+fn machine_memory() -> u64 {
+    const UNKNOWN: u64 = 4 << 30;
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"));
+    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kilobytes.map_or(UNKNOWN, |kilobytes| kilobytes * 1024)
+}

@@ -1,0 +1,70 @@
+//! `moemesh nodes`: what a running router says of its nodes.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use serde_json::Value;
+
+use crate::client::Client;
+use crate::output;
+
+/// Options of `moemesh nodes`.
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    /// The router's address
+    #[arg(long, env = "MOEMESH_ROUTER", default_value = "http://127.0.0.1:8620")]
+    router: String,
+    /// API key, if the router wants one
+    #[arg(long, env = "MOEMESH_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let client = Client::new(&options.router, options.api_key.clone());
+    let nodes = client.fetch("/api/v1/nodes")?;
+    if options.json {
+        output::json(&nodes)?;
+    } else {
+        println!("{}", table(&nodes));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The nodes as a table: who they are, what they hold, what they did.
+pub(crate) fn table(nodes: &Value) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "node", "state", "experts", "weights", "calls", "share", "out", "in", "service", "trip", "missed",
+    ]);
+    for column in table.column_iter_mut().skip(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let list = nodes["nodes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let calls: u64 = list.iter().map(|node| number(node, "assignments")).sum::<u64>().max(1);
+    for node in list {
+        let share = 100.0 * number(node, "assignments") as f64 / calls as f64;
+        table.add_row([
+            Cell::new(node["name"].as_str().unwrap_or("?")),
+            Cell::new(node["state"].as_str().unwrap_or("?")),
+            Cell::new(number(node, "experts")),
+            Cell::new(output::bytes(number(node, "weight_bytes"))),
+            Cell::new(number(node, "calls")),
+            Cell::new(format!("{share:.0} %")),
+            Cell::new(output::bytes(number(node, "bytes_out"))),
+            Cell::new(output::bytes(number(node, "bytes_in"))),
+            Cell::new(format!("{} us", number(node, "service_us"))),
+            Cell::new(format!("{} us", number(node, "round_trip_us"))),
+            Cell::new(number(node, "missed")),
+        ]);
+    }
+    table
+}
+
+fn number(node: &Value, key: &str) -> u64 {
+    node[key].as_u64().unwrap_or(0)
+}

@@ -1,0 +1,119 @@
+//! `moemesh router`: the router process.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use mesh_net::identity::Identity;
+use mesh_net::roster::Roster;
+use router::serve::{MeshConfig, Milestone, RouterConfig};
+use serde_json::json;
+
+use crate::model_options::ModelOptions;
+use crate::{output, signals};
+
+/// Options of `moemesh router`.
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Roster of the cluster (`moemesh roster` makes one). Without it every expert runs in this process
+    #[arg(long, requires = "key")]
+    roster: Option<PathBuf>,
+    /// This machine's key file
+    #[arg(long)]
+    key: Option<PathBuf>,
+    /// UDP address that nodes dial
+    #[arg(long, default_value = "127.0.0.1:8621")]
+    listen: SocketAddr,
+    /// TCP address of the API; any but loopback needs an API key
+    #[arg(long, default_value = "127.0.0.1:8620")]
+    http: SocketAddr,
+    /// Key that clients must send (may be repeated)
+    #[arg(long, env = "MOEMESH_API_KEY", hide_env_values = true)]
+    api_key: Vec<String>,
+    /// Seconds to wait for the nodes of the roster before going on without the missing ones
+    #[arg(long, default_value_t = 60)]
+    wait: u64,
+    /// Memory for the KV cache, in MiB
+    #[arg(long, default_value_t = 1024)]
+    kv_memory: u64,
+    /// Prompt tokens of one request per step
+    #[arg(long, default_value_t = 256)]
+    chunk: usize,
+    /// Requests that run at a time; more wait
+    #[arg(long, default_value_t = 32)]
+    max_requests: usize,
+    /// Print addresses and readiness as JSON lines (for programs)
+    #[arg(long)]
+    announce: bool,
+    /// Stop when standard input ends (for parents)
+    #[arg(long, hide = true)]
+    stop_with_parent: bool,
+}
+
+pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
+    let mesh = match (&options.roster, &options.key) {
+        (Some(roster), Some(key)) => {
+            let (identity, roster) = (Identity::load(key)?, Roster::load(roster)?);
+            let wait = Duration::from_secs(options.wait);
+            Some(MeshConfig { identity, roster, listen: options.listen, wait, spin: Duration::ZERO })
+        }
+        _ => None,
+    };
+    let model = options.model.open()?;
+    let (kernels, native) = options.model.load_kernels()?;
+    let name = model.name.clone();
+    let config = RouterConfig {
+        mesh,
+        http: options.http,
+        api_keys: options.api_key.clone(),
+        model,
+        kernels,
+        native,
+        kv_bytes: options.kv_memory << 20,
+        rows: options.chunk + options.max_requests,
+        chunk: options.chunk,
+        sequences: options.max_requests,
+    };
+    let announce = options.announce;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the runtime of the API")?;
+    let stop = async {
+        if let Err(error) = signals::stop(options.stop_with_parent).await {
+            tracing::error!(%error, "signals cannot be waited for; stop with kill");
+            std::future::pending::<()>().await;
+        }
+    };
+    runtime.block_on(router::serve::run(config, |milestone| report(milestone, announce, &name), stop))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn report(milestone: Milestone, announce: bool, name: &str) {
+    let line = match milestone {
+        Milestone::Listening { mesh, http } => {
+            if !announce {
+                if let Some(mesh) = mesh {
+                    println!("nodes dial {mesh}");
+                }
+                println!("loading {name}; waiting for the nodes");
+            }
+            json!({"mesh": mesh.map(|a| a.to_string()), "http": http.to_string()})
+        }
+        Milestone::Ready { nodes } => {
+            if !announce {
+                println!("ready with {nodes} nodes; chat with `moemesh run`");
+            }
+            json!({"ready": nodes})
+        }
+    };
+    if announce && let Err(error) = output::json(&line) {
+        tracing::warn!(%error, "announce");
+    }
+}

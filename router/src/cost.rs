@@ -1,0 +1,54 @@
+//! Where the time of a step went, and what crossed the wire.
+
+use std::time::{Duration, Instant};
+
+/// Where the time of a step went, and what crossed the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepCost {
+    /// Attention halves, embeddings included.
+    pub attention: Duration,
+    /// Norm and gate before the experts.
+    pub gate: Duration,
+    /// Building and sending calls.
+    pub send: Duration,
+    /// Experts, dense and shared blocks computed here.
+    pub local: Duration,
+    /// Waiting for replies.
+    pub wait: Duration,
+    /// Adding replies up.
+    pub combine: Duration,
+    /// Last norm and head.
+    pub head: Duration,
+    /// Bytes of calls.
+    pub bytes_out: u64,
+    /// Bytes of replies.
+    pub bytes_in: u64,
+    /// Calls sent.
+    pub calls: u64,
+    /// Calls whose experts were computed here after all.
+    pub fallbacks: u64,
+}
+
+impl StepCost {
+    /// Adds another step's cost.
+    pub fn add(&mut self, other: &StepCost) {
+        self.attention += other.attention;
+        self.gate += other.gate;
+        self.send += other.send;
+        self.local += other.local;
+        self.wait += other.wait;
+        self.combine += other.combine;
+        self.head += other.head;
+        self.bytes_out += other.bytes_out;
+        self.bytes_in += other.bytes_in;
+        self.calls += other.calls;
+        self.fallbacks += other.fallbacks;
+    }
+}
+
+/// Adds the time since `since` to `total` and restarts the clock.
+pub(crate) fn lap(since: &mut Instant, total: &mut Duration) {
+    let now = Instant::now();
+    *total += now - *since;
+    *since = now;
+}

@@ -1,0 +1,217 @@
+//! Chat templates, rendered as transformers renders them.
+//!
+//! Problem: templates are Jinja2 written for Python, and one space too many changes what the model says. Idea:
+//! minijinja with Python's string methods, transformers' block trimming, its `tojson`, `raise_exception` and
+//! `strftime_now`, Python's spelling of floats, and its clean-up of messages (keys with null are dropped,
+//! reasoning is known under all its names). Golden files rendered by transformers guard it. Price: a template
+//! that needs more of Python than that fails with minijinja's message.
+//!
+//! Templates come with models and are not trusted: instructions, recursion and output are bounded, and there is
+//! no loader, so nothing can be included.
+
+mod python;
+
+use std::time::UNIX_EPOCH;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value as Jinja, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use serde_json::{Map, Value};
+
+use super::Chat;
+use super::files::SpecialTokens;
+
+/// Used where a model has no template: the most widely known format.
+pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + \
+     message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
+     {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// Template instructions per rendering: about a second of work; a long chat takes some ten thousand.
+const FUEL: u64 = 20_000_000;
+/// Nested calls, loops and blocks; real templates stay below 20. Rendering threads have 2 MB of stack.
+const RECURSION_MAX: usize = 200;
+/// Rendered bytes at most: four times the largest request body.
+const OUTPUT_BYTES_MAX: usize = 8 << 20;
+
+/// The variable in which `strftime_now` finds the time.
+const NOW: &str = "__now_seconds";
+
+/// Names of a message's reasoning; the first is the standard one.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// A chat the template does not take, in its words or minijinja's.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct TemplateError(pub String);
+
+/// A compiled template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`.
+    pub fn new(source: &str) -> Result<ChatTemplate, TemplateError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| TemplateError(describe(&error)))?);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(RECURSION_MAX);
+        environment.set_unknown_method_callback(python::method);
+        environment.set_formatter(|output, state, value| match value.kind() {
+            ValueKind::Number if !value.is_integer() => {
+                let text = f64::try_from(value.clone()).map(python::float)?;
+                Ok(std::fmt::Write::write_str(output, &text)?)
+            }
+            _ => minijinja::escape_formatter(output, state, value),
+        });
+        environment.add_filter("tojson", tojson);
+        environment.add_function("raise_exception", |message: String| -> Result<Jinja, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |state: &State<'_, '_>, format: String| {
+            let seconds = state.lookup(NOW).and_then(|now| i64::try_from(now).ok()).unwrap_or(0);
+            python::strftime(&format, seconds)
+        });
+        environment
+            .add_template_owned("chat", without_generation_tags(source))
+            .map_err(|error| TemplateError(describe(&error)))?;
+        Ok(ChatTemplate { environment, source: source.to_owned() })
+    }
+
+    /// What it was compiled from.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The conversation as text.
+    pub fn render(&self, chat: &Chat, special: &SpecialTokens) -> Result<String, TemplateError> {
+        if chat.messages.is_empty() {
+            return Err(TemplateError("the conversation is empty; send at least one message".into()));
+        }
+        let seconds = chat.now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let mut variables = special.0.clone();
+        variables.extend(chat.variables.clone());
+        // Defined but none unless given, as in transformers.
+        variables.entry("tools").or_insert(Value::Null);
+        variables.entry("documents").or_insert(Value::Null);
+        variables.insert("messages".into(), chat.messages.iter().map(as_transformers).collect());
+        variables.insert("add_generation_prompt".into(), Value::Bool(chat.add_generation_prompt));
+        variables.insert(NOW.into(), Value::from(seconds));
+        let template = self.environment.get_template("chat");
+        let template = template.map_err(|error| TemplateError(describe(&error)))?;
+        let mut output = Bounded(Vec::new());
+        template
+            .render_captured_to(Serde(&variables), &mut output)
+            .map_err(|error| TemplateError(describe(&error)))?;
+        String::from_utf8(output.0).map_err(|error| TemplateError(error.to_string()))
+    }
+}
+
+/// The error's own words and those of its causes, without the source dump.
+fn describe(error: &Error) -> String {
+    let mut text = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    match error.line() {
+        Some(line) => format!("{text} (line {line} of the chat template)"),
+        None => text,
+    }
+}
+
+/// A message as transformers hands it to the template: keys with null dropped, reasoning under all its names.
+fn as_transformers(message: &Value) -> Value {
+    let Value::Object(fields) = message else { return message.clone() };
+    let mut kept: Map<String, Value> = Map::new();
+    let present = fields.iter().filter(|(_, value)| !value.is_null());
+    let reasoning = REASONING.iter().find_map(|name| fields.get(*name).filter(|value| !value.is_null()));
+    if let Some(reasoning) = reasoning {
+        kept.insert("thinking".into(), reasoning.clone());
+        kept.extend(present.map(|(name, value)| (name.clone(), value.clone())));
+        kept.insert("reasoning_content".into(), reasoning.clone());
+    } else {
+        kept.extend(present.map(|(name, value)| (name.clone(), value.clone())));
+    }
+    Value::Object(kept)
+}
+
+/// Grows to [`OUTPUT_BYTES_MAX`] and no further.
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
+            return Err(std::io::Error::other(format!(
+                "the rendered chat exceeds {OUTPUT_BYTES_MAX} bytes; shorten the conversation"
+            )));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Replaces transformers' `{% generation %}` tags, which mark answers for training, by tags that do nothing.
+/// Trim marks stay, so white space is treated the same.
+fn without_generation_tags(source: &str) -> String {
+    let mut output = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else { break };
+        let inside = &rest[start + 2..start + length];
+        let word = inside.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        let replacement = match word {
+            "generation" => Some(inside.replace("generation", "if true")),
+            "endgeneration" => Some(inside.replace("endgeneration", "endif")),
+            _ => None,
+        };
+        output.push_str(&rest[..start + 2]);
+        match replacement {
+            Some(inside) => {
+                output.push_str(&inside);
+                rest = &rest[start + length..];
+            }
+            None => rest = &rest[start + 2..],
+        }
+    }
+    output.push_str(rest);
+    output
+}
+
+/// transformers' `tojson`: Python's `json.dumps(x, ensure_ascii=False, indent, separators, sort_keys)`.
+fn tojson(value: &Jinja, kwargs: Kwargs) -> Result<String, Error> {
+    let separators: Option<Jinja> = kwargs.get("separators")?;
+    let indent: Option<Jinja> = kwargs.get("indent")?;
+    let indent = match indent.filter(|indent| !indent.is_none()) {
+        None => None,
+        Some(indent) => Some(match indent.as_str() {
+            Some(text) => text.to_owned(),
+            None => " ".repeat(usize::try_from(indent)?.min(64)),
+        }),
+    };
+    let (mut item, mut key) = (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
+    if let Some(separators) = separators.filter(|separators| !separators.is_none()) {
+        item = separators.get_item_by_index(0)?.to_string();
+        key = separators.get_item_by_index(1)?.to_string();
+    }
+    let style = python::JsonStyle {
+        ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        sorted: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        indent,
+        item,
+        key,
+    };
+    kwargs.assert_all_used()?;
+    let mut output = String::new();
+    style.write(value, 0, &mut output)?;
+    Ok(output)
+}

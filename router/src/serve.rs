@@ -1,0 +1,366 @@
+//! The router as a process: puts mesh, model, engine and API together, and takes them apart in order.
+//!
+//! Start: listen (so that nodes can dial while weights load), load, wait for the nodes, serve. Stop: no new
+//! requests, finish what runs, say goodbye to the nodes.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
+use mesh_net::identity::Identity;
+use mesh_net::roster::Roster;
+use mesh_proto::cluster::{NodeState, Policy};
+use mesh_proto::facts::ModelFacts;
+use model::decoder::LoadError;
+use model::format::Format;
+use model::kernel::Kernels;
+use model::kernel::native::Native;
+use model::kernel::native::kv::{KV_BLOCK, KvCache};
+use model::open::Model;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::engine::{Engine, EngineConfig, EngineStatus, StatusView};
+use crate::forward::Forward;
+use crate::http::{self, ApiKeys};
+use crate::metrics::Metrics;
+use crate::prompt::{Prompt, PromptError};
+use crate::request::{EngineFacts, EngineHandle};
+use crate::scheduler::LimitsError;
+
+/// Longest time that running sequences get to finish when the router stops.
+const DRAIN_WITHIN: Duration = Duration::from_secs(30);
+
+/// What the router needs to run.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// The mesh; `None` computes every expert in this process.
+    pub mesh: Option<MeshConfig>,
+    /// Address of the API.
+    pub http: SocketAddr,
+    /// Keys that clients must show one of; empty asks for none.
+    pub api_keys: Vec<String>,
+    /// The model.
+    pub model: Arc<Model>,
+    /// Kernels for products.
+    pub kernels: Arc<dyn Kernels>,
+    /// Kernels for everything else.
+    pub native: Arc<Native>,
+    /// Bytes of KV cache.
+    pub kv_bytes: u64,
+    /// Rows per step at most.
+    pub rows: usize,
+    /// Prefill rows of one sequence per step.
+    pub chunk: usize,
+    /// Sequences that run at a time.
+    pub sequences: usize,
+}
+
+/// The router's side of the mesh.
+#[derive(Clone, Debug)]
+pub struct MeshConfig {
+    /// This machine's key.
+    pub identity: Identity,
+    /// The cluster.
+    pub roster: Roster,
+    /// UDP address that nodes dial.
+    pub listen: SocketAddr,
+    /// Longest wait for the nodes of the roster before the first plan is made without the missing ones.
+    pub wait: Duration,
+    /// Watch for replies this long before sleeping.
+    pub spin: Duration,
+}
+
+/// Why a router does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// The mesh.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// The weights.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Tokenizer or template.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// Rows, chunk or sequences.
+    #[error(transparent)]
+    Limits(#[from] LimitsError),
+    /// An address that needs an API key.
+    #[error(transparent)]
+    OpenBind(#[from] http::OpenBind),
+    /// The address of the API.
+    #[error("listen on {address}: {source}; choose another address with --http")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The cache is smaller than one block.
+    #[error("{bytes} bytes of KV cache hold less than {KV_BLOCK} tokens ({needed} bytes); raise --kv-memory")]
+    KvBytes {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes of one block.
+        needed: u64,
+    },
+    /// A thread or the metrics could not be made.
+    #[error("start the engine: {0}")]
+    Start(String),
+}
+
+/// What has been reached, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Milestone {
+    /// Both addresses are bound; nodes may dial.
+    Listening {
+        /// Of the mesh, if there is one.
+        mesh: Option<SocketAddr>,
+        /// Of the API.
+        http: SocketAddr,
+    },
+    /// Weights are loaded, the nodes that came serve their experts, the API answers.
+    Ready {
+        /// Nodes that serve.
+        nodes: usize,
+    },
+}
+
+/// Runs a router until `stop` resolves.
+///
+/// # Errors
+/// What keeps it from starting.
+pub async fn run(
+    config: RouterConfig,
+    mut reached: impl FnMut(Milestone),
+    stop: impl Future<Output = ()>,
+) -> Result<(), RouterError> {
+    let keys = ApiKeys::new(&config.api_keys);
+    keys.check_bind(config.http)?;
+    let prompt = open_prompt(&config.model)?;
+    prompt.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    let bound =
+        TcpListener::bind(config.http).await.and_then(|listener| Ok((listener.local_addr()?, listener)));
+    let (address, listener) = bound.map_err(|source| RouterError::Bind { address: config.http, source })?;
+    let hub = start_hub(&config)?;
+    let mesh = hub.as_ref().map(|hub| hub.local_addr());
+    reached(Milestone::Listening { mesh, http: address });
+
+    let loading = (config.clone(), hub.clone());
+    let loaded = tokio::task::spawn_blocking(move || load(&loading.0, loading.1)).await;
+    let metrics = Arc::new(Metrics::new().map_err(|error| RouterError::Start(error.to_string()))?);
+    let (handle, engine) = loaded.map_err(|error| RouterError::Start(error.to_string()))??;
+    let engine = engine.counting(Arc::clone(&metrics));
+    let status = engine.status();
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run());
+    let thread = thread.map_err(|error| RouterError::Start(error.to_string()))?;
+    let nodes = wait_for_nodes(&config, hub.clone()).await;
+    let view = ClusterView { hub: hub.clone(), status, engine: handle.clone() };
+    let identity = identity(&config);
+    let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
+    service.keys = keys;
+    reached(Milestone::Ready { nodes });
+    http::serve(listener, Arc::new(service), stop).await;
+
+    if tokio::time::timeout(DRAIN_WITHIN, handle.drain()).await.is_err() {
+        tracing::warn!("sequences still run after {} s; they end with the router", DRAIN_WITHIN.as_secs());
+    } else if tokio::task::spawn_blocking(move || thread.join()).await.is_err() {
+        tracing::error!("the engine thread could not be joined");
+    }
+    if let Some(hub) = hub.and_then(Arc::into_inner) {
+        // Blocks half a second at most, and nothing else runs here any more.
+        let goodbye = tokio::task::spawn_blocking(move || hub.shutdown("the router stops"));
+        goodbye.await.ok();
+    }
+    Ok(())
+}
+
+/// Tokenizer and template of a model; a synthetic one gets bytes as tokens.
+pub fn open_prompt(model: &Model) -> Result<Prompt, PromptError> {
+    match &model.directory {
+        Some(directory) => Prompt::open(directory, model.config.vocab),
+        None => Prompt::bytes(model.config.vocab),
+    }
+}
+
+fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
+    let Some(mesh) = &config.mesh else { return Ok(None) };
+    let model = &config.model;
+    let facts = ModelFacts {
+        fingerprint: model.fingerprint,
+        moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
+        experts: model.config.moe.experts as u16,
+        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
+        top_k: model.config.moe.top_k as u16,
+    };
+    let policy = Policy {
+        plan_at_nodes: mesh.roster.nodes.len(),
+        plan_after: mesh.wait,
+        require_exact: config.kernels.exact(),
+    };
+    let hub = HubConfig {
+        listen: mesh.listen,
+        policy,
+        spin: mesh.spin,
+        ..HubConfig::new(mesh.identity.clone(), mesh.roster.clone(), facts)
+    };
+    Ok(Some(Arc::new(Hub::start(hub)?)))
+}
+
+/// KV blocks that fit in `bytes`.
+fn kv_blocks(config: &RouterConfig) -> Result<usize, RouterError> {
+    let needed = KvCache::block_bytes(&config.model.config, config.model.format) as u64;
+    let whole = config.model.config.context.div_ceil(KV_BLOCK) * config.sequences;
+    // More than every sequence at full length is never used.
+    match (config.kv_bytes / needed).min(whole as u64) {
+        0 => Err(RouterError::KvBytes { bytes: config.kv_bytes, needed }),
+        blocks => Ok(blocks as usize),
+    }
+}
+
+fn load(config: &RouterConfig, hub: Option<Arc<Hub>>) -> Result<(EngineHandle, Engine), RouterError> {
+    let blocks = kv_blocks(config)?;
+    let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
+    let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, hub)?;
+    if config.mesh.is_none() {
+        forward.preload().map_err(|error| RouterError::Start(error.to_string()))?;
+    }
+    let facts = EngineFacts {
+        context: config.model.config.context,
+        vocab: config.model.config.vocab,
+        kv_tokens: blocks * KV_BLOCK,
+    };
+    let (handle, commands) = EngineHandle::new(facts);
+    let (rows, chunk, sequences) = (config.rows, config.chunk, config.sequences);
+    let engine_config = EngineConfig { kv_blocks: blocks, rows, chunk, sequences };
+    Ok((handle, Engine::new(forward, engine_config, commands)?))
+}
+
+/// Waits until the nodes of the first plan serve; how many do.
+async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
+    let (Some(mesh), Some(hub)) = (&config.mesh, hub) else { return 0 };
+    // Loading takes as long as it takes; what is bounded is the wait for nodes that do not come.
+    let (wanted, wait) = (mesh.roster.nodes.len(), mesh.wait);
+    let waiting = tokio::task::spawn_blocking(move || {
+        let started = Instant::now();
+        let came = hub.wait_until(wait, |cluster| {
+            cluster.statuses().iter().filter(|status| status.state != NodeState::Absent).count() >= wanted
+        });
+        if !came {
+            tracing::warn!("not all {wanted} nodes of the roster came within {} s; going on", wait.as_secs());
+            hub.plan_now();
+        }
+        hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| cluster.settled());
+        tracing::info!("nodes are ready after {:.1} s", started.elapsed().as_secs_f64());
+        hub.nodes().iter().filter(|node| node.cluster.state == NodeState::Serving).count()
+    });
+    waiting.await.unwrap_or(0)
+}
+
+fn identity(config: &RouterConfig) -> http::Identity {
+    let model = &config.model;
+    let exact = if config.kernels.exact() { "native" } else { "tolerance" };
+    let hash: String = model.fingerprint[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    http::Identity {
+        model: model.name.clone(),
+        fingerprint: format!("moemesh-{}-{exact}-{hash}", Format::name(model.format)),
+        exact: exact.to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// What the API tells of the cluster.
+struct ClusterView {
+    hub: Option<Arc<Hub>>,
+    status: StatusView,
+    engine: EngineHandle,
+}
+
+impl http::Cluster for ClusterView {
+    fn nodes(&self) -> Value {
+        let nodes: Vec<Value> =
+            self.hub.iter().flat_map(|hub| hub.nodes()).map(|node| node_json(&node)).collect();
+        json!({"nodes": nodes, "router": router_json(&self.status.read())})
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.engine.is_closed().then(|| "the engine has ended; restart the router".to_owned())
+    }
+
+    fn refresh(&self, metrics: &Metrics) {
+        for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
+            metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+        }
+    }
+}
+
+fn node_json(node: &NodeStatus) -> Value {
+    let (status, counters) = (&node.cluster, &node.counters);
+    let micros = |time: Option<Duration>| time.map_or(0, |time| time.as_micros() as u64);
+    let hello = status.hello.as_ref();
+    json!({
+        "name": node.name,
+        "id": node.id.to_hex(),
+        "state": status.state.to_string(),
+        "address": node.address.map(|address| address.to_string()),
+        "epoch": status.epoch,
+        "experts": status.experts,
+        "weight_bytes": status.weight_bytes,
+        "memory_bytes": hello.map(|hello| hello.memory_bytes),
+        "threads": hello.map(|hello| hello.threads),
+        "kernels": hello.map(|hello| hello.kernels.clone()),
+        "version": hello.map(|hello| hello.version.clone()),
+        "weight_mb_s": hello.map(|hello| hello.weight_mb_s),
+        "calls": counters.calls,
+        "assignments": counters.assignments,
+        "rows": counters.rows,
+        "bytes_out": counters.bytes_out,
+        "bytes_in": counters.bytes_in,
+        "missed": counters.late + counters.gone + counters.refused + counters.rejected,
+        "late": counters.late,
+        "gone": counters.gone,
+        "refused": counters.refused,
+        "rejected": counters.rejected,
+        "stale": counters.stale,
+        "connections": counters.connections,
+        "service_us": micros(status.call_means.map(|means| means.0)),
+        "round_trip_us": micros(status.call_means.map(|means| means.1)),
+        "path_rtt_us": micros(node.path_rtt),
+        "resident_bytes": status.health.map(|health| health.resident_bytes),
+        "note": status.note,
+    })
+}
+
+fn router_json(status: &EngineStatus) -> Value {
+    let us = |time: Duration| time.as_micros() as u64;
+    let cost = &status.cost;
+    json!({
+        "steps": status.steps,
+        "rows": status.rows,
+        "decode_rows": status.decode_rows,
+        "preemptions": status.preemptions,
+        "calls": cost.calls,
+        "fallbacks": cost.fallbacks,
+        "bytes_out": cost.bytes_out,
+        "bytes_in": cost.bytes_in,
+        "home_bytes": status.home_bytes,
+        "running": status.occupancy.running,
+        "waiting": status.occupancy.waiting,
+        "kv_blocks_used": status.occupancy.blocks_used,
+        "kv_blocks": status.occupancy.blocks,
+        "stages_us": {
+            "attention": us(cost.attention),
+            "gate": us(cost.gate),
+            "send": us(cost.send),
+            "local": us(cost.local),
+            "wait": us(cost.wait),
+            "combine": us(cost.combine),
+            "head": us(cost.head),
+            "sample": us(status.sample_time),
+            "scheduler": us(status.plan_time),
+        },
+    })
+}
