@@ -1,14 +1,21 @@
 //! The one binary of moemesh: subcommands, nothing else. What they do lives in the crates below.
 #![allow(clippy::print_stdout, reason = "a command's result goes to standard output")]
 
-mod children;
-mod client;
-mod cluster;
 mod commands;
-mod model_options;
-mod output;
-mod signals;
+
 mod story;
+
+mod cluster;
+
+mod children;
+
+mod client;
+
+mod model_options;
+
+mod output;
+
+mod signals;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -91,13 +91,13 @@ impl Queue {
     ///
     /// # Errors
     /// `Rejected`, with the call.
-    pub fn push(&self, job: Job) -> Result<(), (Job, Rejected)> {
+    pub fn push(&self, job: Job) -> Result<(), (Box<Job>, Rejected)> {
         let mut state = self.lock();
         if state.closed {
-            return Err((job, Rejected::Closed));
+            return Err((Box::new(job), Rejected::Closed));
         }
         if state.jobs.len() >= QUEUE_CALLS_MAX {
-            return Err((job, Rejected::Full));
+            return Err((Box::new(job), Rejected::Full));
         }
         state.jobs.push_back(job);
         drop(state);

@@ -188,14 +188,7 @@ pub fn open_prompt(model: &Model) -> Result<Prompt, PromptError> {
 
 fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
     let Some(mesh) = &config.mesh else { return Ok(None) };
-    let model = &config.model;
-    let facts = ModelFacts {
-        fingerprint: model.fingerprint,
-        moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
-        experts: model.config.moe.experts as u16,
-        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
-        top_k: model.config.moe.top_k as u16,
-    };
+    let facts = model_facts(&config.model);
     let policy = Policy {
         plan_at_nodes: mesh.roster.nodes.len(),
         plan_after: mesh.wait,
@@ -208,6 +201,17 @@ fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
         ..HubConfig::new(mesh.identity.clone(), mesh.roster.clone(), facts)
     };
     Ok(Some(Arc::new(Hub::start(hub)?)))
+}
+
+/// What the mesh has to know of a model.
+pub fn model_facts(model: &Model) -> ModelFacts {
+    ModelFacts {
+        fingerprint: model.fingerprint,
+        moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
+        experts: model.config.moe.experts as u16,
+        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
+        top_k: model.config.moe.top_k as u16,
+    }
 }
 
 /// KV blocks that fit in `bytes`.

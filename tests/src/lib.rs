@@ -1,4 +1,6 @@
-//! Harness for tests that cross crates: where the fixtures are.
+//! Harness for tests that cross crates: where the fixtures are, and a cluster in one process.
+
+pub mod cluster;
 
 use std::path::{Path, PathBuf};
 

@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 /// The nodes as a table: who they are, what they hold, what they did.
 pub(crate) fn table(nodes: &Value) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_BORDERS_ONLY);
     table.set_header([
         "node", "state", "experts", "weights", "calls", "share", "out", "in", "service", "trip", "missed",
     ]);

@@ -71,9 +71,22 @@ fn the_same_placement_again_costs_nothing() {
     reads(&setup);
     assert_eq!(place(&setup, 1, &[(1, 0), (1, 1)]).unwrap(), 2 * EXPERT_BYTES);
     assert_eq!(reads(&setup), []);
-    // The number of an epoch may come again after the router was restarted, with other experts.
-    place(&setup, 1, &[(1, 1), (1, 2)]).unwrap();
+}
+
+#[test]
+fn an_epoch_that_comes_again_with_other_experts_replaces_the_first() {
+    let setup = setup(9);
+    place(&setup, 1, &[(1, 0), (1, 1)]).unwrap();
+    assert_eq!(place(&setup, 1, &[(1, 1), (1, 2)]).unwrap(), 2 * EXPERT_BYTES);
     assert!(setup.shard.layer(1, 1, [0]).is_err() && setup.shard.layer(1, 1, [1, 2]).is_ok());
+}
+
+#[test]
+fn a_layer_that_only_grows_is_taken_over_with_its_new_experts() {
+    let setup = setup(9);
+    place(&setup, 1, &[(1, 4)]).unwrap();
+    place(&setup, 2, &[(1, 3), (1, 4), (1, 5)]).unwrap();
+    assert!(setup.shard.layer(2, 1, [3, 4, 5]).is_ok() && setup.shard.layer(1, 1, [5]).is_err());
 }
 
 #[test]

@@ -129,9 +129,12 @@ fn calls_that_cannot_be_computed_are_refused_by_name() {
 #[test]
 fn rows_of_another_shape_are_refused() {
     let mut setup = setup();
-    setup.worker.shape.hidden = 64;
-    let answers = setup.one((5, 1, 1), &[1], &[(0, 0, 1.0)]);
-    assert_eq!(refusal(&answers).0, Refusal::Malformed);
+    // 31 takes as many bytes as 32, so the length would not tell.
+    for hidden in [31, 64] {
+        setup.worker.shape.hidden = hidden;
+        let answers = setup.one((5, 1, 1), &[1], &[(0, 0, 1.0)]);
+        assert_eq!(refusal(&answers).0, Refusal::Malformed);
+    }
     setup.worker.shape = Shape { format: model::format::Format::Bf16, ..setup.shard.shape() };
     let answers = setup.one((5, 1, 1), &[1], &[(0, 0, 1.0)]);
     assert_eq!(refusal(&answers).0, Refusal::Malformed);

@@ -550,7 +550,11 @@ async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
         present
     };
     if present {
-        tracing::warn!(node = seat.machine.name, reason, "a node is gone");
+        if reason.contains("goodbye") {
+            tracing::info!(node = seat.machine.name, reason, "a node left");
+        } else {
+            tracing::warn!(node = seat.machine.name, reason, "a node is gone");
+        }
         shared.feed(Event::Lost(node));
     }
 }

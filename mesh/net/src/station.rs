@@ -323,7 +323,11 @@ impl Node {
         };
         tracing::info!(%address, "connected to the router");
         let (reason, said_goodbye) = self.session(&connection, stop).await;
-        tracing::warn!(%address, reason, "the connection to the router ended");
+        if said_goodbye {
+            tracing::info!(%address, reason, "the connection to the router ended");
+        } else {
+            tracing::warn!(%address, reason, "the connection to the router ended");
+        }
         connection.close(Close::Goodbye.into(), b"");
         // Lets the close arrive; a router that is gone does not hold us up.
         drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);

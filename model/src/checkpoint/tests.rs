@@ -1,3 +1,5 @@
+//! Rung: pure. Damaged safetensors end in an error that names file and tensor, never in a panic.
+
 use std::path::Path;
 
 use proptest::prelude::*;

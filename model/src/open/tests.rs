@@ -1,3 +1,5 @@
+//! Rung: pure. Opening by directory and by synthetic name.
+
 use std::path::PathBuf;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Rung: pure. Packing: layout, combine steps, killed and simultaneous packers.
+
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 

@@ -1,3 +1,5 @@
+//! Rung: pure. Synthetic models are the same everywhere and keep activations in range.
+
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::config::parse::parse;

@@ -142,7 +142,7 @@ fn timed(client: &Client, vocab: usize, prompt: usize, max_tokens: u32) -> anyho
                 timed.first = timed.total;
             }
         }
-        if let Some(bytes) = chunk.pointer("/metrics/wire_bytes").and_then(Value::as_u64) {
+        if let Some(bytes) = chunk.pointer("/metrics/moemesh/wire_bytes").and_then(Value::as_u64) {
             timed.wire_bytes = bytes;
         }
         Ok(true)

@@ -1,3 +1,5 @@
+//! Rung: pure. Configs of every family, both spellings, and what is refused by name.
+
 use proptest::prelude::*;
 use serde_json::json;
 

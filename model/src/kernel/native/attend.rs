@@ -14,12 +14,12 @@
 
 use std::sync::Mutex;
 
+use super::Native;
 use super::definition::exp;
+use super::engine::lock;
 use super::isa::Isa;
 use super::kv::{KV_BLOCK, KvLayer};
 use super::ops::Ops;
-use super::Native;
-use super::engine::lock;
 
 /// Queries that share the widened keys of a block: their accumulators stay in the second-level cache.
 const TILE: usize = 16;

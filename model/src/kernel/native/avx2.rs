@@ -232,7 +232,7 @@ pub(super) fn widen_f16(x: &[u16], out: &mut [f32]) {
         // SAFETY: 16 bytes are readable and 32 writable.
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()))) };
     }
-    super::elementwise::widen_each(rest, out_rest);
+    super::definition::widen_each(rest, out_rest);
 }
 
 /// f32 to f16, clamped to the finite range; lengths are equal.
@@ -249,7 +249,7 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v));
         }
     }
-    super::elementwise::narrow_each(rest, out_rest);
+    super::definition::narrow_each(rest, out_rest);
 }
 
 /// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.

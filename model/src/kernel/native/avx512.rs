@@ -219,7 +219,7 @@ pub(super) fn widen_f16(x: &[u16], out: &mut [f32]) {
         // SAFETY: 32 bytes are readable and 64 writable.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) };
     }
-    super::elementwise::widen_each(rest, out_rest);
+    super::definition::widen_each(rest, out_rest);
 }
 
 /// f32 to f16, clamped to the finite range; lengths are equal.
@@ -237,7 +237,7 @@ pub(super) fn narrow_f16(x: &[f32], out: &mut [u16]) {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), h);
         }
     }
-    super::elementwise::narrow_each(rest, out_rest);
+    super::definition::narrow_each(rest, out_rest);
 }
 
 /// The quantizer of the definition: largest magnitude by integer comparison, two IEEE divisions, nearest even.

@@ -255,3 +255,17 @@ pub fn widen_f16(x: u16) -> f32 {
 pub fn widen_bf16(x: u16) -> f32 {
     f32::from_bits((x as u32) << 16)
 }
+
+/// f16 to f32, portably.
+pub(super) fn widen_each(x: &[u16], out: &mut [f32]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = widen_f16(*x);
+    }
+}
+
+/// f32 to f16, portably.
+pub(super) fn narrow_each(x: &[f32], out: &mut [u16]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = narrow_f16(*x);
+    }
+}

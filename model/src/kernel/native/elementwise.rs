@@ -168,20 +168,6 @@ fn scale_each(p: f32, x: &mut [f32]) {
     }
 }
 
-/// f16 to f32, portably.
-pub(super) fn widen_each(x: &[u16], out: &mut [f32]) {
-    for (x, out) in x.iter().zip(out) {
-        *out = definition::widen_f16(*x);
-    }
-}
-
-/// f32 to f16, portably.
-pub(super) fn narrow_each(x: &[f32], out: &mut [u16]) {
-    for (x, out) in x.iter().zip(out) {
-        *out = definition::narrow_f16(*x);
-    }
-}
-
 macro_rules! compiled_for {
     ($name:ident, $quantize:path $(, $features:literal)?) => {
         /// The functions above, compiled for one instruction set.

@@ -59,7 +59,7 @@ impl Ops {
             Isa::Avx2 => (&elementwise::avx2::ROWS, avx2::widen_f16, avx2::narrow_f16),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => (&elementwise::avx512::ROWS, avx512::widen_f16, avx512::narrow_f16),
-            _ => (&elementwise::scalar::ROWS, elementwise::widen_each, elementwise::narrow_each),
+            _ => (&elementwise::scalar::ROWS, super::definition::widen_each, super::definition::narrow_each),
         };
         Ops { isa, rows, widen, narrow }
     }

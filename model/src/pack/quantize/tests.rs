@@ -1,3 +1,5 @@
+//! Rung: pure. Quantized groups against a naive definition, and the error they leave.
+
 use half::bf16;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Rung: pure. Manifests that were tampered with are refused.
+
 use std::path::Path;
 
 use serde_json::{Value, json};

@@ -1,0 +1,163 @@
+//! A whole cluster in one process: router engine and nodes on threads, real QUIC over loopback between them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use expert_node::node::{ExpertNode, NodeConfig};
+use mesh_net::hub::{Hub, HubConfig};
+use mesh_net::identity::Identity;
+use mesh_net::roster::{Machine, Roster};
+use mesh_net::station::StationConfig;
+use mesh_proto::cluster::Policy;
+use model::format::Format;
+use model::kernel::native::kv::KV_BLOCK;
+use model::kernel::native::{Native, NativeConfig};
+use model::open::Model;
+use router::engine::{Engine, EngineConfig, StatusView};
+use router::forward::Forward;
+use router::request::{EngineFacts, EngineHandle, Event, FinishReason, GenerateRequest, Timing};
+use router::serve::model_facts;
+use tokio::sync::mpsc::Receiver;
+
+/// Longest wait for the nodes to serve, on a machine that is busy with other tests.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// How the router's engine is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Expert nodes.
+    pub nodes: usize,
+    /// Prefill rows of one sequence per step.
+    pub chunk: usize,
+    /// KV blocks of the cache.
+    pub kv_blocks: usize,
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The way into the engine.
+    pub engine: EngineHandle,
+    /// Its counters.
+    pub status: StatusView,
+    /// The router's side of the mesh.
+    pub hub: Arc<Hub>,
+    nodes: Vec<Option<ExpertNode>>,
+}
+
+/// What a request came to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Generated tokens.
+    pub tokens: Vec<u32>,
+    /// Digest of the logits they were chosen from.
+    pub digest: Option<String>,
+    /// Why it ended.
+    pub reason: FinishReason,
+}
+
+/// One thread of native kernels.
+pub fn native() -> Arc<Native> {
+    Arc::new(Native::new(NativeConfig::threads(1)).expect("one thread starts"))
+}
+
+/// Opens the demo model, packed under `cache`.
+pub fn open(directory: &Path, format: Format, cache: &Path) -> Arc<Model> {
+    let spec = directory.to_str().expect("the path is text");
+    Arc::new(Model::open(spec, format, cache, &mut |_, _, _| {}).expect("the model opens"))
+}
+
+impl Cluster {
+    /// Starts hub, nodes and engine, and returns when every node serves.
+    pub fn start(model: &Arc<Model>, shape: Shape) -> Cluster {
+        let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
+        let router = Identity::generate().expect("a key");
+        let identities: Vec<Identity> =
+            (0..shape.nodes).map(|_| Identity::generate().expect("a key")).collect();
+        let nodes = identities.iter().enumerate().map(|(i, id)| machine(format!("node-{i}"), id)).collect();
+        let roster =
+            Roster { cluster: "test".to_owned(), router: machine("router".to_owned(), &router), nodes };
+        let policy = Policy { plan_at_nodes: shape.nodes, ..Policy::default() };
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let config =
+            HubConfig { listen, policy, ..HubConfig::new(router, roster.clone(), model_facts(model)) };
+        let hub = Arc::new(Hub::start(config).expect("the hub starts"));
+        let start = |identity: Identity| start_node(model, &roster, identity, hub.local_addr());
+        let nodes: Vec<_> = identities.into_iter().map(|identity| Some(start(identity))).collect();
+        assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
+        let (engine, status) = start_engine(model, shape, Some(Arc::clone(&hub)));
+        Cluster { engine, status, hub, nodes }
+    }
+
+    /// Ends a node without a word to the router's engine.
+    pub fn end_node(&mut self, index: usize) {
+        if let Some(node) = self.nodes[index].take() {
+            node.shutdown();
+            node.join().expect("the node ends well");
+        }
+    }
+}
+
+/// An engine on a thread of its own, as the router has it.
+pub fn start_engine(model: &Arc<Model>, shape: Shape, hub: Option<Arc<Hub>>) -> (EngineHandle, StatusView) {
+    let native = native();
+    let kernels = Arc::<Native>::clone(&native);
+    let forward =
+        Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, hub).expect("weights load");
+    let facts = EngineFacts {
+        context: model.config.context,
+        vocab: model.config.vocab,
+        kv_tokens: shape.kv_blocks * KV_BLOCK,
+    };
+    let (handle, commands) = EngineHandle::new(facts);
+    let config = EngineConfig {
+        kv_blocks: shape.kv_blocks,
+        rows: shape.chunk + 16,
+        chunk: shape.chunk,
+        sequences: 16,
+    };
+    let engine = Engine::new(forward, config, commands).expect("the limits work");
+    let status = engine.status();
+    std::thread::spawn(move || engine.run());
+    (handle, status)
+}
+
+/// Runs a request to its end. Fails the test if it fails.
+pub fn generate(engine: &EngineHandle, request: GenerateRequest) -> (Outcome, Timing) {
+    let stream = engine.submit(request).expect("the request is taken");
+    finish(stream)
+}
+
+/// Reads a stream to its end.
+pub fn finish(mut stream: Receiver<Event>) -> (Outcome, Timing) {
+    let mut tokens = Vec::new();
+    loop {
+        match stream.blocking_recv() {
+            Some(Event::Token { id, .. }) => tokens.push(id),
+            Some(Event::Prompt(_)) => {}
+            Some(Event::Finished { reason, timing, logits_digest: digest }) => {
+                return (Outcome { tokens, digest, reason }, timing);
+            }
+            Some(Event::Failed(error)) => panic!("the request failed: {error}"),
+            None => panic!("the engine ended"),
+        }
+    }
+}
+
+fn start_node(model: &Arc<Model>, roster: &Roster, identity: Identity, router: SocketAddr) -> ExpertNode {
+    ExpertNode::start(NodeConfig {
+        name: "test".to_owned(),
+        identity,
+        roster: roster.clone(),
+        routers: vec![router],
+        model: Arc::<Model>::clone(model),
+        kernels: native(),
+        threads: 1,
+        memory_bytes: 1 << 30,
+        pace_gb_s: None,
+        pool_bytes_max: StationConfig::POOL_BYTES_MAX,
+    })
+    .expect("the node starts")
+}
