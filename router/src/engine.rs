@@ -108,6 +108,7 @@ struct Live {
     timing: Timing,
     started: Option<Instant>,
     first_token: Option<Instant>,
+    last_token: Option<Instant>,
 }
 
 /// Whether the loop goes on.
@@ -236,6 +237,7 @@ impl Engine {
             timing: Timing::default(),
             started: None,
             first_token: None,
+            last_token: None,
             submission,
         };
         self.sequences.insert(id, live);
@@ -308,7 +310,7 @@ impl Engine {
             let Some(live) = self.sequences.get_mut(&slice.id) else { continue };
             live.timing.waiting += cost.wait;
             live.timing.wire_bytes += bytes * slice.tokens.len() as u64 / rows as u64;
-            if let Some(end) = live.take(slice, own, &mut self.scratch) {
+            if let Some(end) = live.take(slice, own, &mut self.scratch, self.metrics.as_deref()) {
                 let live = self.forget(slice.id);
                 if let Some(live) = live {
                     live.end(end);
@@ -385,7 +387,13 @@ enum End {
 
 impl Live {
     /// Takes the logits of one slice. Some if the sequence is over.
-    fn take(&mut self, slice: &Slice, logits: &[f32], scratch: &mut Scratch) -> Option<End> {
+    fn take(
+        &mut self,
+        slice: &Slice,
+        logits: &[f32],
+        scratch: &mut Scratch,
+        metrics: Option<&Metrics>,
+    ) -> Option<End> {
         let vocab = logits.len() / slice.logits.len().max(1);
         let rows = slice.logits.clone().zip(logits.chunks_exact(vocab.max(1)));
         let prompt = self.submission.request.prompt.len();
@@ -416,6 +424,11 @@ impl Live {
         }
         if self.submission.request.max_tokens == 0 {
             return Some(End::Finished(FinishReason::Length));
+        }
+        match (metrics, self.last_token.replace(now)) {
+            (Some(metrics), None) => metrics.first_token(now - self.submission.submitted),
+            (Some(metrics), Some(last)) => metrics.next_token(now - last),
+            (None, _) => {}
         }
         self.choose(last?, scratch)
     }

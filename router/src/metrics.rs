@@ -211,7 +211,12 @@ impl Metrics {
         self.inter_token.observe(since.as_secs_f64());
     }
 
-    /// A sequence ended: `stop`, `length`, `cancelled`, `error`.
+    /// A sequence was broken off: `cancelled`, `error`. Its times say nothing.
+    pub fn broken_off(&self, reason: &str) {
+        self.requests_finished.with_label_values(&[reason]).inc();
+    }
+
+    /// A sequence came to its end: `stop`, `length`.
     pub fn finished(&self, reason: &str, timing: &Timing) {
         self.requests_finished.with_label_values(&[reason]).inc();
         self.queue.observe(timing.queued.as_secs_f64());

@@ -1,1 +1,235 @@
-//! x
+//! The commands: what `--json` says, that cluster and single process agree, and what bad input is told.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::harness::{fixture, folder, moemesh, moemesh_with, tale_moe, turn};
+
+fn positive(value: &Value, key: &str) {
+    assert!(value[key].as_f64().is_some_and(|number| number > 0.0), "{key} of {value}");
+}
+
+/// Runs `demo` and `reference` with these flags and checks that they agree to the last bit; the demo's report.
+#[track_caller]
+fn agree(flags: &[&str]) -> Value {
+    let _turn = turn();
+    let run = |command: &str| {
+        let ended = moemesh(&[&[command, "--json"], flags].concat());
+        let report = ended.json();
+        let text = report["text"].as_str().expect("there is text").to_owned();
+        assert!(text.len() > 50 && ended.stdout.starts_with(&text), "the story is streamed: {ended:?}");
+        report
+    };
+    let (demo, reference) = (run("demo"), run("reference"));
+    for key in ["token_ids", "text", "logits_digest", "weights"] {
+        assert!(!demo[key].is_null(), "no {key}");
+        assert_eq!(demo[key], reference[key], "{key}");
+    }
+    assert_eq!(demo["equals_reference"], true);
+    for report in [&demo, &reference] {
+        ["decode_tok_s", "ttft_ms"].iter().for_each(|key| positive(report, key));
+    }
+    demo
+}
+
+#[test]
+fn demo_reports_the_story_and_the_nodes_shares() {
+    let demo = agree(&["--max-tokens", "80"]);
+    assert_eq!(demo["token_ids"].as_array().map(Vec::len), Some(80));
+    positive(&demo, "wire_bytes_per_token");
+    let nodes = demo["nodes"].as_array().expect("nodes");
+    assert_eq!(nodes.len(), 3);
+    let mut experts = 0;
+    for (index, node) in nodes.iter().enumerate() {
+        assert_eq!(node["name"], format!("node-{}", index + 1));
+        assert_eq!(node["state"], "serving");
+        assert_eq!(node["missed"], 0);
+        for key in ["calls", "assignments", "rows", "bytes_out", "bytes_in", "weight_bytes"] {
+            positive(node, key);
+        }
+        experts += node["experts"].as_u64().expect("a count");
+    }
+    // 24 experts in each of 6 layers, each on one node.
+    assert_eq!(experts, 24 * 6);
+    // Four experts per token and layer: those of the prompt and of every token that was fed back.
+    let assignments: u64 = nodes.iter().filter_map(|node| node["assignments"].as_u64()).sum();
+    assert_eq!(assignments % (4 * 6), 0);
+    assert!(assignments / (4 * 6) >= 79, "{assignments} assignments");
+}
+
+#[test]
+fn drawn_tokens_agree_with_the_single_process() {
+    let seventh = agree(&["--max-tokens", "60", "--temperature", "0.8", "--seed", "7"]);
+    let eighth = agree(&["--max-tokens", "60", "--temperature", "0.8", "--seed", "8", "--nodes", "1"]);
+    assert_ne!(seventh["token_ids"], eighth["token_ids"]);
+}
+
+#[test]
+fn every_weight_format_agrees_with_the_single_process() {
+    let digests = ["q8", "bf16"].map(|weights| {
+        let report = agree(&["--max-tokens", "40", "--weights", weights, "--nodes", "2"]);
+        assert_eq!(report["weights"], weights);
+        report["logits_digest"].clone()
+    });
+    assert_ne!(digests[0], digests[1], "the formats are different weights");
+}
+
+#[test]
+fn a_chat_agrees_with_the_single_process() {
+    let question = ["--prompt", "Tell me of a wolf.", "--max-tokens", "40", "--ignore-eos"];
+    let chat = agree(&[&question[..], &["--chat"]].concat());
+    let plain = moemesh(&[&["reference", "--json"], &question[..]].concat()).json();
+    assert_ne!(chat["token_ids"], plain["token_ids"], "the template changes the prompt");
+}
+
+#[test]
+fn perplexity_is_the_same_through_a_cluster() {
+    let _turn = turn();
+    let flags = ["eval", "perplexity", "--windows", "2", "--json"];
+    let alone = moemesh(&flags).json();
+    let cluster = moemesh(&[&flags[..], &["--nodes", "2"]].concat()).json();
+    assert_eq!(alone["tokens"], 2 * 511);
+    assert_eq!(cluster["tokens"], alone["tokens"]);
+    assert_eq!(cluster["perplexity"], alone["perplexity"]);
+    let perplexity = alone["perplexity"].as_f64().expect("a number");
+    // 4096 would be a guess; the model has learnt, and has not seen this text.
+    assert!((5.0..200.0).contains(&perplexity), "{perplexity}");
+}
+
+#[test]
+fn version_says_what_this_machine_can_do() {
+    let version = moemesh(&["version", "--json"]).json();
+    assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(version["isa"][0], "scalar");
+    assert_eq!(version["libtorch"], cfg!(feature = "torch"));
+    assert_eq!(version["wire"], "moemesh/1");
+}
+
+#[test]
+fn bench_link_reports_calls_and_echoes() {
+    let _turn = turn();
+    let report = moemesh(&["bench", "link", "--calls", "200", "--json"]).json();
+    assert_eq!(report["calls"], 200);
+    for what in ["call", "quinn_echo", "tcp_echo"] {
+        let percentile = |name: &str| report[format!("{what}_us_{name}")].as_f64().expect("a number");
+        assert!(percentile("p50") > 0.0 && percentile("p50") <= percentile("p99"), "{report}");
+    }
+}
+
+/// A copy of a tiny checkpoint that a test may damage.
+fn damaged(damage: impl FnOnce(&Path)) -> TempDir {
+    let copy = folder();
+    for file in fs::read_dir(fixture("qwen3_moe")).expect("the fixture is there").flatten() {
+        fs::copy(file.path(), copy.path().join(file.file_name())).expect("copy a file");
+    }
+    damage(copy.path());
+    copy
+}
+
+#[track_caller]
+fn refused_model(damage: impl FnOnce(&Path), words: &[&str]) {
+    let model = damaged(damage);
+    let path = model.path().to_string_lossy();
+    let refused = moemesh(&["reference", "--model", &path, "--max-tokens", "2"]);
+    refused.refused(words);
+    refused.refused(&[&path]);
+}
+
+#[test]
+fn damaged_models_are_refused_with_a_remedy() {
+    let whole = damaged(|_| ());
+    let path = whole.path().to_string_lossy();
+    let fine =
+        moemesh(&["reference", "--model", &path, "--max-tokens", "2", "--ignore-eos", "--json"]).json();
+    assert_eq!(fine["token_ids"].as_array().map(Vec::len), Some(2), "undamaged it works");
+
+    let weights = |folder: &Path| folder.join("model.safetensors");
+    let cut = |folder: &Path, bytes: u64| {
+        let file = fs::File::options().write(true).open(weights(folder)).expect("open the weights");
+        let length = file.metadata().expect("it has a length").len();
+        file.set_len(length.saturating_sub(bytes).max(4)).expect("cut it");
+    };
+    refused_model(|folder| cut(folder, 1), &["model.safetensors", "truncated", "download it again"]);
+    refused_model(|folder| cut(folder, u64::MAX), &["model.safetensors"]);
+    refused_model(|folder| fs::remove_file(weights(folder)).expect("remove"), &["neither model.safetensors"]);
+    let huge_header = |folder: &Path| {
+        let mut bytes = fs::read(weights(folder)).expect("read the weights");
+        bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        fs::write(weights(folder), bytes).expect("write them");
+    };
+    refused_model(huge_header, &["model.safetensors", "header"]);
+
+    let config = |folder: &Path, key: &str, value: Value| {
+        let file = folder.join("config.json");
+        let text = fs::read_to_string(&file).expect("read the config");
+        let mut config: Value = serde_json::from_str(&text).expect("it is JSON");
+        config[key] = value;
+        fs::write(file, config.to_string()).expect("write it");
+    };
+    refused_model(
+        |folder| config(folder, "model_type", json!("llama9_moe")),
+        &["config.json", "'llama9_moe'", "qwen3_moe, qwen2_moe, mixtral, olmoe"],
+    );
+    refused_model(|folder| config(folder, "hidden_size", json!(72)), &["72"]);
+    refused_model(|folder| config(folder, "hidden_act", json!("tanh")), &["hidden_act", "tanh"]);
+    refused_model(|folder| fs::write(folder.join("config.json"), "{").expect("write"), &["config.json"]);
+    refused_model(|folder| fs::remove_file(folder.join("config.json")).expect("remove"), &["config.json"]);
+    refused_model(
+        |folder| fs::write(folder.join("tokenizer.json"), "[]").expect("write"),
+        &["tokenizer.json"],
+    );
+}
+
+#[test]
+fn models_that_do_not_exist_are_refused_with_a_remedy() {
+    let missing = tale_moe().join("not-here");
+    let missing = missing.to_string_lossy();
+    moemesh(&["reference", "--model", &missing]).refused(&[&missing, "synthetic:<shape>"]);
+    moemesh(&["demo", "--model", &missing]).refused(&[&missing]);
+    let unknown = ["reference", "--model", "synthetic:unknown"];
+    moemesh(&unknown).refused(&["'synthetic:unknown'", "qwen3-30b-a3b", "olmoe-1b-7b"]);
+    moemesh(&["reference", "--model", "synthetic:olmoe-1b-7b?layers=many"]).refused(&["layers", "many"]);
+    moemesh(&["reference", "--weights", "q5"]).refused(&["q5", "q4", "q8", "bf16"]);
+    moemesh(&["reference", "--temperature", "2.5"]).refused(&["--temperature", "2.5"]);
+    moemesh(&["demo", "--nodes", "0"]).refused(&["--nodes", "1..=64"]);
+}
+
+#[test]
+fn an_unknown_instruction_set_is_refused() {
+    let refused = moemesh_with(&["reference", "--max-tokens", "2"], &[("MOEMESH_ISA", "bogus")]);
+    refused.refused(&["'bogus'", "MOEMESH_ISA", "scalar"]);
+}
+
+#[test]
+fn keys_and_rosters_that_do_not_fit_are_refused() {
+    let folder = folder();
+    let file = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    for cluster in ["ours", "theirs"] {
+        assert_eq!(moemesh(&["roster", "--out", &file(cluster), "--nodes", "1"]).code, Some(0));
+    }
+    let router = |roster: &str, key: &str| {
+        let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--wait", "1", "--stop-with-parent"];
+        moemesh(&[&["router", "--roster", roster, "--key", key], &ports[..]].concat())
+    };
+    let node = |roster: &str, key: &str| {
+        moemesh(&["node", "--roster", roster, "--key", key, "--router", "127.0.0.1:1", "--stop-with-parent"])
+    };
+    let (ours, key) = (file("ours/roster.toml"), file("ours/router.key"));
+    router(&file("theirs/roster.toml"), &key).refused(&["this machine's key", "the roster's router"]);
+    node(&file("theirs/roster.toml"), &file("ours/node-1.key"))
+        .refused(&["not a node of the roster", "[[nodes]]"]);
+    router(&file("none.toml"), &key).refused(&[&file("none.toml")]);
+    router(&ours, &file("none.key")).refused(&[&file("none.key")]);
+    fs::write(file("broken.toml"), "cluster = 5").expect("write");
+    router(&file("broken.toml"), &key).refused(&["broken.toml"]);
+    fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("open the key to all");
+    router(&ours, &key).refused(&[&key, "644", "chmod 600"]);
+
+    // A roster is not written over: the keys in it may be in use.
+    let again = moemesh(&["roster", "--out", &file("ours"), "--nodes", "1"]);
+    again.refused(&["router.key"]);
+}

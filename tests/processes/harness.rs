@@ -205,8 +205,13 @@ pub(crate) struct Alone {
 impl Alone {
     /// Starts it when it is its turn.
     pub(crate) fn start(shape: &Shape<'_>) -> Alone {
+        Alone::start_with(shape, shape.nodes)
+    }
+
+    /// The same where only `serving` of the nodes will serve.
+    pub(crate) fn start_with(shape: &Shape<'_>, serving: usize) -> Alone {
         let turn = turn();
-        Alone { cluster: Cluster::start(shape), _turn: turn }
+        Alone { cluster: Cluster::start_with(shape, serving), _turn: turn }
     }
 }
 
@@ -227,6 +232,10 @@ impl DerefMut for Alone {
 impl Cluster {
     /// A cluster beside whatever else runs.
     pub(crate) fn start(shape: &Shape<'_>) -> Cluster {
+        Cluster::start_with(shape, shape.nodes)
+    }
+
+    fn start_with(shape: &Shape<'_>, serving: usize) -> Cluster {
         let directory = folder();
         let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
         let count = shape.nodes.to_string();
@@ -258,7 +267,7 @@ impl Cluster {
             cluster.start_node(index);
         }
         let ready = cluster.router.announced("ready");
-        assert_eq!(ready["ready"], json!(shape.nodes), "{}", cluster.logs());
+        assert_eq!(ready["ready"], json!(serving), "{}", cluster.logs());
         cluster
     }
 

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use tokio::sync::mpsc;
 
 use super::parameters::Parameters;
 use super::service::Service;
+use crate::metrics::Metrics;
 use crate::request::{Event, FinishReason, GenerateError, GenerateRequest, Timing, TokenLogprobs};
 use crate::stream::{Detokenizer, TextStream};
 
@@ -78,6 +80,13 @@ pub(super) struct Running {
     /// Where to look next, so that none is looked at last always.
     turn: usize,
     submitted: Instant,
+    metrics: Arc<Metrics>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.break_off("cancelled");
+    }
 }
 
 impl Running {
@@ -109,7 +118,8 @@ impl Running {
                 });
             }
         }
-        Ok(Running { choices, ready: VecDeque::new(), turn: 0, submitted: Instant::now() })
+        let (metrics, submitted) = (Arc::clone(&service.metrics), Instant::now());
+        Ok(Running { choices, ready: VecDeque::new(), turn: 0, submitted, metrics })
     }
 
     /// The next update of any answer; `None` once all have ended. Safe to cancel.
@@ -157,6 +167,7 @@ impl Running {
                     FinishReason::Stop => "stop",
                     FinishReason::Length => "length",
                 };
+                self.metrics.finished(reason, &timing);
                 let end =
                     End { text: delta.text, reason, stop: delta.stopped, timing, digest: logits_digest };
                 self.ready.push_back(Update::End { choice, end });
@@ -180,6 +191,7 @@ impl Running {
             // The engine is not asked how long it took: it has been told to stop.
             state.events = None;
             let timing = Timing { prefill: first - submitted, decode: now - first, ..Timing::default() };
+            self.metrics.finished("stop", &timing);
             let end = End { text: String::new(), reason: "stop", stop: delta.stopped, timing, digest: None };
             self.ready.push_back(Update::End { choice, end });
         }
@@ -187,7 +199,16 @@ impl Running {
 
     /// One failed sequence fails the request; the others are cancelled.
     fn fail(&mut self, error: GenerateError) {
-        self.choices.iter_mut().for_each(|choice| choice.events = None);
+        self.break_off("error");
         self.ready.push_back(Update::Failed(error));
+    }
+
+    /// Cancels what still runs.
+    fn break_off(&mut self, reason: &str) {
+        for choice in &mut self.choices {
+            if choice.events.take().is_some() {
+                self.metrics.broken_off(reason);
+            }
+        }
     }
 }
