@@ -86,7 +86,11 @@ impl ModelOptions {
     /// Opens the model, packing it first if need be, with progress on standard error.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<Model>> {
         let mut progress = Progress::new();
-        let mut show = |done, total, what: &str| progress.show(done, total, what);
+        let mut show = |done, total, what: &str| {
+            // A tensor's name alone does not say what happens to it.
+            let packing = !what.contains(' ') && what != "packed";
+            progress.show(done, total, &if packing { format!("packing {what}") } else { what.to_owned() });
+        };
         let model = Model::open(&self.spec()?, self.weights, &self.cache_dir()?, &mut show)?;
         progress.finish();
         Ok(Arc::new(model))

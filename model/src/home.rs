@@ -11,6 +11,10 @@ use crate::activations::Activations;
 use crate::kernel::{Assignment, KernelError, Kernels, LayerExperts, PartialSums};
 use crate::open::{Model, OpenError};
 use crate::packed::PackedExpert;
+use crate::region::{Buffer, Bytes};
+
+/// Experts begin at multiples of a cache line.
+const LINE: usize = 64;
 
 /// Why experts could not be computed here.
 #[derive(Debug, thiserror::Error)]
@@ -72,13 +76,14 @@ impl Home {
         if missing.is_empty() {
             return Ok(());
         }
+        let mut new = Vec::with_capacity(missing.len());
         for expert in &missing {
-            let mut packed = self.model.expert(layer, usize::from(*expert))?;
-            if self.residency == Residency::Resident && self.model.directory.is_some() {
-                packed.bytes = packed.bytes.to_resident();
-            }
-            home.packed.push((*expert, packed));
+            new.push((*expert, self.model.expert(layer, usize::from(*expert))?));
         }
+        if self.residency == Residency::Resident {
+            gather(&mut new);
+        }
+        home.packed.extend(new);
         home.loaded = Some(self.kernels.experts(home.packed.clone(), self.model.step_log2(layer))?);
         home.held.extend(missing);
         Ok(())
@@ -115,5 +120,25 @@ impl Home {
         experts.run_wide(x, &self.overflowed, &mut self.wide)?;
         sums.iter_mut().zip(&self.wide).for_each(|(sum, part)| *sum += part);
         Ok(())
+    }
+}
+
+/// Moves experts into one allocation: huge pages cover it all but its end, and each is streamed after the other.
+fn gather(experts: &mut [(u16, PackedExpert)]) {
+    let size = |expert: &PackedExpert| expert.bytes.len().next_multiple_of(LINE);
+    let mut arena = Buffer::zeroed(experts.iter().map(|(_, expert)| size(expert)).sum());
+    let mut at = 0;
+    for (_, expert) in experts.iter() {
+        arena[at..at + expert.bytes.len()].copy_from_slice(&expert.bytes);
+        at += size(expert);
+    }
+    let arena = Bytes::from(arena);
+    let mut at = 0;
+    for (_, expert) in experts.iter_mut() {
+        let (start, len) = (at, expert.bytes.len());
+        at += size(expert);
+        if let Some(bytes) = arena.slice(start, len) {
+            expert.bytes = bytes;
+        }
     }
 }

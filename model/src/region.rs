@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 /// Alignment of every allocation: a huge page, so that the kernel of the system can use them.
 const ALIGN: usize = 2 << 20;
+/// A cache line: what vector loads want, and the least that is allocated.
+const LINE: usize = 64;
 /// Below this an allocation is aligned to a cache line only; a huge page would be mostly padding.
 const SMALL: usize = 1 << 20;
 
@@ -102,9 +104,9 @@ impl Buffer {
     /// # Panics
     /// If `len` exceeds `isize::MAX`. Where the system has no memory the process ends, as with `Vec`.
     pub fn zeroed(len: usize) -> Buffer {
-        let align = if len < SMALL { 64 } else { ALIGN };
+        let align = if len < SMALL { LINE } else { ALIGN };
         let layout =
-            Layout::from_size_align(len.max(1).next_multiple_of(align), align).expect("length fits isize");
+            Layout::from_size_align(len.max(1).next_multiple_of(LINE), align).expect("length fits isize");
         // SAFETY: the layout has a non-zero size.
         let start = unsafe { alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };

@@ -27,7 +27,10 @@ const DECLARES: [&str; 6] = ["fn", "mod", "struct", "enum", "trait", "type"];
 
 /// Whether a file holds nothing but tests.
 pub(super) fn is_test_file(path: &str) -> bool {
-    path.ends_with("/tests.rs") || path.contains("/tests/") || path.starts_with("tests/it/") || path.starts_with("tests/processes/")
+    path.ends_with("/tests.rs")
+        || path.contains("/tests/")
+        || path.starts_with("tests/it/")
+        || path.starts_with("tests/processes/")
 }
 
 /// Header, name and size of one file.
