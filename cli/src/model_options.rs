@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use model::format::Format;
 use model::kernel::Kernels;
+use model::kernel::bench::autotable;
 use model::kernel::native::{DEFAULT_SPIN, Native, NativeConfig};
 use model::open::Model;
 
@@ -101,24 +102,49 @@ impl ModelOptions {
         self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1)
     }
 
-    /// The kernels for products, and the native ones for everything between them.
-    pub(crate) fn load_kernels(&self) -> anyhow::Result<(Arc<dyn Kernels>, Arc<Native>)> {
+    /// The kernels for products of this model, and the native ones for everything between them.
+    pub(crate) fn load_kernels(&self, model: &Model) -> anyhow::Result<(Arc<dyn Kernels>, Arc<Native>)> {
         let mut config = NativeConfig::threads(self.thread_count());
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // Watching for work steals the core from whoever would bring it, once there are more threads than cores.
         config.spin = if self.thread_count() <= cores { DEFAULT_SPIN } else { Duration::ZERO };
         let native = Arc::new(Native::new(config)?);
-        match self.backend {
-            Backend::Native => Ok((Arc::<Native>::clone(&native), native)),
-            #[cfg(feature = "torch")]
-            Backend::Libtorch => {
-                use model::kernel::libtorch::{Libtorch, LibtorchConfig};
-                let config = LibtorchConfig { device: "cpu".to_owned(), threads: self.thread_count() };
-                Ok((Arc::new(Libtorch::new(&config)?), native))
+        match (self.backend, self.kernels) {
+            (Backend::Libtorch, _) => Ok((self.libtorch()?, native)),
+            (Backend::Native, Class::Fastest) if cfg!(feature = "torch") => {
+                Ok((self.fastest(model, Arc::<Native>::clone(&native))?, native))
             }
-            #[cfg(not(feature = "torch"))]
-            Backend::Libtorch => bail!("this build has no libtorch; build it with the feature torch"),
+            (Backend::Native, _) => Ok((Arc::<Native>::clone(&native), native)),
         }
+    }
+
+    /// Whether every result must be the bits of the definition.
+    pub(crate) fn require_exact(&self) -> bool {
+        self.kernels == Class::Exact && self.backend == Backend::Native
+    }
+
+    /// Whichever backend streams an expert of this model faster for a single row, measured now.
+    fn fastest(&self, model: &Model, native: Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        let shape = (model.config.hidden, model.config.moe.inter);
+        let torch = self.libtorch()?;
+        let speed = |kernels: &dyn Kernels| -> anyhow::Result<f64> {
+            Ok(autotable(kernels, shape, model.format)?[0].weight_gb_s)
+        };
+        let (ours, theirs) = (speed(&*native)?, speed(&*torch)?);
+        tracing::info!(native = ours, libtorch = theirs, "GB/s of weights at one row");
+        Ok(if theirs > ours { torch } else { native })
+    }
+
+    #[cfg(feature = "torch")]
+    fn libtorch(&self) -> anyhow::Result<Arc<dyn Kernels>> {
+        use model::kernel::libtorch::{Libtorch, LibtorchConfig};
+        let config = LibtorchConfig { device: "cpu".to_owned(), threads: self.thread_count() };
+        Ok(Arc::new(Libtorch::new(&config)?))
+    }
+
+    #[cfg(not(feature = "torch"))]
+    fn libtorch(&self) -> anyhow::Result<Arc<dyn Kernels>> {
+        bail!("this build has no libtorch; build it with the feature torch")
     }
 
     /// The same options as arguments of a child process.

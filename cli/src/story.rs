@@ -138,7 +138,7 @@ pub(crate) fn reference(
     mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Story> {
     let model = model_options.open()?;
-    let (kernels, native) = model_options.load_kernels()?;
+    let (kernels, native) = model_options.load_kernels(&model)?;
     let prompts = open_prompt(&model)?;
     let prompt = if options.chat {
         let chat = Chat::new(vec![json!({"role": "user", "content": options.prompt})]);

@@ -38,6 +38,8 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 pub struct RouterConfig {
     /// The mesh; `None` computes every expert in this process.
     pub mesh: Option<MeshConfig>,
+    /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
+    pub require_exact: bool,
     /// Address of the API.
     pub http: SocketAddr,
     /// Keys that clients must show one of; empty asks for none.
@@ -192,7 +194,7 @@ fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
     let policy = Policy {
         plan_at_nodes: mesh.roster.nodes.len(),
         plan_after: mesh.wait,
-        require_exact: config.kernels.exact(),
+        require_exact: config.require_exact,
     };
     let hub = HubConfig {
         listen: mesh.listen,
@@ -269,7 +271,7 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
 
 fn identity(config: &RouterConfig) -> http::Identity {
     let model = &config.model;
-    let exact = if config.kernels.exact() { "native" } else { "tolerance" };
+    let exact = if config.require_exact { "native" } else { "tolerance" };
     let hash: String = model.fingerprint[..4].iter().map(|byte| format!("{byte:02x}")).collect();
     http::Identity {
         model: model.name.clone(),

@@ -94,7 +94,7 @@ struct Score {
 fn alone(options: &Perplexity, windows: &[&[u32]]) -> anyhow::Result<Score> {
     let model = options.model.open()?;
     let vocab = model.config.vocab;
-    let (kernels, native) = options.model.load_kernels()?;
+    let (kernels, native) = options.model.load_kernels(&model)?;
     let mut reference = Reference::load(model, kernels, native, options.window as usize)?;
     let (mut score, mut bar) = (Score::default(), output::Progress::new());
     for (index, window) in windows.iter().enumerate() {

@@ -56,7 +56,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     }
     ensure!(options.pace_gb_s.is_none_or(|pace| pace > 0.0), "--pace-gb-s must be above 0");
     let model = options.model.open()?;
-    let (kernels, _) = options.model.load_kernels()?;
+    let (kernels, _) = options.model.load_kernels(&model)?;
     let memory_bytes = match options.memory {
         Some(mebibytes) => mebibytes << 20,
         None => (machine_memory() as f64 * MEMORY_SHARE) as u64,

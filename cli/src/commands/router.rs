@@ -65,10 +65,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         _ => None,
     };
     let model = options.model.open()?;
-    let (kernels, native) = options.model.load_kernels()?;
+    let (kernels, native) = options.model.load_kernels(&model)?;
     let name = model.name.clone();
     let config = RouterConfig {
         mesh,
+        require_exact: options.model.require_exact(),
         http: options.http,
         api_keys: options.api_key.clone(),
         model,
