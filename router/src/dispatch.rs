@@ -114,7 +114,7 @@ impl Dispatch {
         self.batches.sort_by_key(|batch| std::cmp::Reverse(batch.assignments.len()));
         for batch in std::mem::take(&mut self.batches) {
             let (sent, before) = (Instant::now(), cost.bytes_out);
-            let pending = self.call(&hub, layer as u16, &batch, work, cost);
+            let pending = self.call(&hub, (layer as u16, &batch), work, cost);
             let Batch { node, rows, assignments } = batch;
             let sent_bytes = cost.bytes_out - before;
             self.out.push(Outstanding { node, sent, sent_bytes, pending, rows, assignments });
@@ -153,8 +153,7 @@ impl Dispatch {
     fn call(
         &mut self,
         hub: &Hub,
-        layer: u16,
-        batch: &Batch,
+        (layer, batch): (u16, &Batch),
         work: &Workspace,
         cost: &mut StepCost,
     ) -> Option<PendingCall> {
@@ -204,8 +203,7 @@ impl Dispatch {
         &mut self,
         layer: usize,
         work: &Workspace,
-        home: &mut Home,
-        sums: &mut [i64],
+        (home, sums): (&mut Home, &mut [i64]),
         cost: &mut StepCost,
     ) -> Result<(), HomeError> {
         let mut clock = Instant::now();

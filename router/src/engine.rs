@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio::sync::oneshot;
 
 use crate::cost::StepCost;
-use crate::forward::{Forward, ForwardError};
+use crate::forward::{Forward, ForwardError, Step};
 use crate::metrics::{Load, Metrics};
 use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Timing, TokenLogprobs};
 use crate::sampler::{self, Sampler, Scratch};
@@ -289,7 +289,8 @@ impl Engine {
             runs.push(Run { first_row, len, position, table: &slice.blocks });
         }
         let mut cost = StepCost::default();
-        let result = self.forward.step(&self.tokens, &runs, &wanted, &mut self.logits, &mut cost);
+        let step = Step { tokens: &self.tokens, runs: &runs, wanted: &wanted };
+        let result = self.forward.step(&step, &mut self.logits, &mut cost);
         match result {
             Ok(()) => self.deliver(plan, &cost, started),
             Err(error) => self.fail(plan, &error),

@@ -34,6 +34,17 @@ pub enum ForwardError {
     Home(#[from] HomeError),
 }
 
+/// The rows of one step.
+#[derive(Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Tokens, those of `runs` in order.
+    pub tokens: &'a [u32],
+    /// Which sequences they belong to, and where.
+    pub runs: &'a [Run<'a>],
+    /// Rows whose logits are needed.
+    pub wanted: &'a [usize],
+}
+
 /// The model as the router runs it.
 #[derive(Debug)]
 pub struct Forward {
@@ -96,16 +107,14 @@ impl Forward {
         self.home.weight_bytes()
     }
 
-    /// Runs `tokens` (the rows of `runs`, in order) through the model and returns the logits of `wanted` rows,
-    /// `[wanted.len(), vocab]`.
+    /// Runs a step through the model: into `logits` the logits of its wanted rows, `[wanted.len(), vocab]`.
     pub fn step(
         &mut self,
-        tokens: &[u32],
-        runs: &[Run<'_>],
-        wanted: &[usize],
+        step: &Step<'_>,
         logits: &mut Vec<f32>,
         cost: &mut StepCost,
     ) -> Result<(), ForwardError> {
+        let Step { tokens, runs, wanted } = *step;
         let Forward { decoder, home, kv, work, dispatch, sums, .. } = self;
         let mut clock = Instant::now();
         let positions = runs.iter().flat_map(|run| run.position..run.position + run.len);
@@ -126,7 +135,7 @@ impl Forward {
             decoder.local_ffn(layer, work)?;
             lap(&mut clock, &mut cost.local);
             if decoder.is_moe(layer) {
-                dispatch.collect(layer, work, home, sums, cost)?;
+                dispatch.collect(layer, work, (home, sums), cost)?;
                 clock = Instant::now();
             }
             decoder.finish(layer, sums, work);
