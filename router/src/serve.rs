@@ -257,7 +257,11 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
             tracing::warn!("not all {wanted} nodes of the roster came within {} s; going on", wait.as_secs());
             hub.plan_now();
         }
-        hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| cluster.settled());
+        // Without any node there is no plan to settle: every expert runs here until one comes.
+        hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| {
+            let nobody = || cluster.statuses().iter().all(|status| status.state == NodeState::Absent);
+            cluster.settled() || (!came && nobody())
+        });
         tracing::info!("nodes are ready after {:.1} s", started.elapsed().as_secs_f64());
         hub.nodes().iter().filter(|node| node.cluster.state == NodeState::Serving).count()
     });
