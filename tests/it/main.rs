@@ -1,5 +1,9 @@
 //! Tests that cross crates, in one program: one link, one start.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on has failed; figures help")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on has failed; figures help"
+)]
 
 mod equivalence;
 

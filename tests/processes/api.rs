@@ -246,7 +246,7 @@ fn health_and_version_answer() {
 }
 
 /// Splits `name{labels} value`; the value must be a number.
-fn sample(line: &str) -> (&str, &str, f64) {
+fn sample(line: &str) -> Sample<'_> {
     let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value: {line}"));
     let value = value.parse().unwrap_or_else(|_| panic!("no number: {line}"));
     match series.split_once('{') {
@@ -257,45 +257,43 @@ fn sample(line: &str) -> (&str, &str, f64) {
     }
 }
 
-#[test]
-fn metrics_are_well_formed_and_count() {
-    const SERIES: [&str; 26] = [
-        "requests_running",
-        "requests_waiting",
-        "requests_finished_total",
-        "prompt_tokens_total",
-        "generation_tokens_total",
-        "steps_total",
-        "step_rows",
-        "time_to_first_token_seconds",
-        "inter_token_latency_seconds",
-        "queue_duration_seconds",
-        "prefill_duration_seconds",
-        "decode_duration_seconds",
-        "expert_wait_seconds",
-        "preemptions_total",
-        "kv_cache_used_bytes",
-        "kv_cache_capacity_bytes",
-        "wire_bytes_total",
-        "node_calls_total",
-        "node_rows_total",
-        "node_call_duration_seconds",
-        "node_up",
-        "fallback_calls_total",
-        "fallback_rows_total",
-        "http_requests_total",
-        "http_requests_in_flight",
-        "http_request_duration_seconds",
-    ];
-    let cluster = Alone::start(&Shape::nodes(3));
-    let prompt = ids(&cluster.api.post("/tokenize", &json!({"prompt": OPENING})).ok()["tokens"]).len();
-    cluster.api.complete(&greedy(json!({})));
-    let answer = cluster.api.get("/metrics");
-    assert_eq!(answer.status, 200);
-    assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
+/// Every series of the API.
+const SERIES: [&str; 26] = [
+    "requests_running",
+    "requests_waiting",
+    "requests_finished_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "steps_total",
+    "step_rows",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "queue_duration_seconds",
+    "prefill_duration_seconds",
+    "decode_duration_seconds",
+    "expert_wait_seconds",
+    "preemptions_total",
+    "kv_cache_used_bytes",
+    "kv_cache_capacity_bytes",
+    "wire_bytes_total",
+    "node_calls_total",
+    "node_rows_total",
+    "node_call_duration_seconds",
+    "node_up",
+    "fallback_calls_total",
+    "fallback_rows_total",
+    "http_requests_total",
+    "http_requests_in_flight",
+    "http_request_duration_seconds",
+];
 
+/// Name, labels and value of a sample.
+type Sample<'a> = (&'a str, &'a str, f64);
+
+/// The names that have a TYPE, and the samples; each must come right after the TYPE of its name.
+fn parsed(text: &str) -> (Vec<&str>, Vec<Sample<'_>>) {
     let (mut typed, mut samples) = (Vec::new(), Vec::new());
-    for line in answer.text.lines() {
+    for line in text.lines() {
         if let Some(comment) = line.strip_prefix("# ") {
             let words: Vec<&str> = comment.splitn(3, ' ').collect();
             assert!(matches!(words[..], ["HELP" | "TYPE", _, _]), "{line}");
@@ -313,6 +311,19 @@ fn metrics_are_well_formed_and_count() {
         assert!(typed.last().is_some_and(of_typed), "{line} comes without its TYPE");
         samples.push((name, labels, value));
     }
+    (typed, samples)
+}
+
+#[test]
+fn metrics_are_well_formed_and_count() {
+    let cluster = Alone::start(&Shape::nodes(3));
+    let prompt = ids(&cluster.api.post("/tokenize", &json!({"prompt": OPENING})).ok()["tokens"]).len();
+    cluster.api.complete(&greedy(json!({})));
+    let answer = cluster.api.get("/metrics");
+    assert_eq!(answer.status, 200);
+    assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
+
+    let (typed, samples) = parsed(&answer.text);
     for series in SERIES {
         assert!(
             typed.contains(&format!("moemesh_{series}").as_str()),

@@ -15,16 +15,16 @@ fn positive(value: &Value, key: &str) {
 
 /// Runs `demo` and `reference` with these flags and checks that they agree to the last bit; the demo's report.
 #[track_caller]
-fn agree(flags: &[&str]) -> Value {
+fn agree(nodes: &str, flags: &[&str]) -> Value {
     let _turn = turn();
-    let run = |command: &str| {
-        let ended = moemesh(&[&[command, "--json"], flags].concat());
+    let run = |command: &[&str]| {
+        let ended = moemesh(&[command, &["--json"], flags].concat());
         let report = ended.json();
         let text = report["text"].as_str().expect("there is text").to_owned();
         assert!(text.len() > 50 && ended.stdout.starts_with(&text), "the story is streamed: {ended:?}");
         report
     };
-    let (demo, reference) = (run("demo"), run("reference"));
+    let (demo, reference) = (run(&["demo", "--nodes", nodes]), run(&["reference"]));
     for key in ["token_ids", "text", "logits_digest", "weights"] {
         assert!(!demo[key].is_null(), "no {key}");
         assert_eq!(demo[key], reference[key], "{key}");
@@ -38,7 +38,7 @@ fn agree(flags: &[&str]) -> Value {
 
 #[test]
 fn demo_reports_the_story_and_the_nodes_shares() {
-    let demo = agree(&["--max-tokens", "80"]);
+    let demo = agree("3", &["--max-tokens", "80"]);
     assert_eq!(demo["token_ids"].as_array().map(Vec::len), Some(80));
     positive(&demo, "wire_bytes_per_token");
     let nodes = demo["nodes"].as_array().expect("nodes");
@@ -63,15 +63,15 @@ fn demo_reports_the_story_and_the_nodes_shares() {
 
 #[test]
 fn drawn_tokens_agree_with_the_single_process() {
-    let seventh = agree(&["--max-tokens", "60", "--temperature", "0.8", "--seed", "7"]);
-    let eighth = agree(&["--max-tokens", "60", "--temperature", "0.8", "--seed", "8", "--nodes", "1"]);
+    let seventh = agree("3", &["--max-tokens", "60", "--temperature", "0.8", "--seed", "7"]);
+    let eighth = agree("1", &["--max-tokens", "60", "--temperature", "0.8", "--seed", "8"]);
     assert_ne!(seventh["token_ids"], eighth["token_ids"]);
 }
 
 #[test]
 fn every_weight_format_agrees_with_the_single_process() {
     let digests = ["q8", "bf16"].map(|weights| {
-        let report = agree(&["--max-tokens", "40", "--weights", weights, "--nodes", "2"]);
+        let report = agree("2", &["--max-tokens", "40", "--weights", weights]);
         assert_eq!(report["weights"], weights);
         report["logits_digest"].clone()
     });
@@ -81,7 +81,7 @@ fn every_weight_format_agrees_with_the_single_process() {
 #[test]
 fn a_chat_agrees_with_the_single_process() {
     let question = ["--prompt", "Tell me of a wolf.", "--max-tokens", "40", "--ignore-eos"];
-    let chat = agree(&[&question[..], &["--chat"]].concat());
+    let chat = agree("3", &[&question[..], &["--chat"]].concat());
     let plain = moemesh(&[&["reference", "--json"], &question[..]].concat()).json();
     assert_ne!(chat["token_ids"], plain["token_ids"], "the template changes the prompt");
 }

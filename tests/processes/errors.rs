@@ -20,10 +20,12 @@ fn still_serves() {
     assert_eq!(api().get("/health").status, 200);
 }
 
-#[test]
-fn every_parameter_out_of_range_is_named() {
+type Wrong = Vec<(&'static str, Value)>;
+
+/// Parameters of both endpoints, each with a value out of its range.
+fn wrong_anywhere() -> Wrong {
     let many: Vec<String> = (0..17).map(|index| format!("stop {index}")).collect();
-    let common = [
+    vec![
         ("temperature", json!(2.1)),
         ("temperature", json!(-0.1)),
         ("temperature", json!("warm")),
@@ -56,8 +58,11 @@ fn every_parameter_out_of_range_is_named() {
         ("ignore_eos", json!("yes")),
         ("stream", json!(1)),
         ("stream_options", json!(true)),
-    ];
-    let completions = [
+    ]
+}
+
+fn wrong_completions() -> Wrong {
+    vec![
         ("prompt", Value::Null),
         ("prompt", json!("")),
         ("prompt", json!([])),
@@ -68,8 +73,11 @@ fn every_parameter_out_of_range_is_named() {
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
         ("echo", json!("yes")),
-    ];
-    let chat = [
+    ]
+}
+
+fn wrong_chats() -> Wrong {
+    vec![
         ("messages", Value::Null),
         ("messages", json!([])),
         ("messages", json!("hello")),
@@ -80,7 +88,11 @@ fn every_parameter_out_of_range_is_named() {
         ("top_logprobs", json!(21)),
         ("top_logprobs", json!(3)),
         ("logprobs", json!(3)),
-    ];
+    ]
+}
+
+#[test]
+fn every_parameter_out_of_range_is_named() {
     let ask = |path: &str, body: Value, param: &str| {
         let answer = api().post(path, &body);
         let message = answer.error(400, "invalid_value");
@@ -91,11 +103,11 @@ fn every_parameter_out_of_range_is_named() {
     };
     let complete = json!({"prompt": "The", "max_tokens": 1});
     let talk = json!({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1});
-    for (param, value) in common.iter().chain(&completions) {
-        ask(COMPLETIONS, with(complete.clone(), &json!({*param: value})), param);
+    for (param, value) in wrong_anywhere().into_iter().chain(wrong_completions()) {
+        ask(COMPLETIONS, with(complete.clone(), &json!({param: value})), param);
     }
-    for (param, value) in common.iter().chain(&chat) {
-        ask(CHAT, with(talk.clone(), &json!({*param: value})), param);
+    for (param, value) in wrong_anywhere().into_iter().chain(wrong_chats()) {
+        ask(CHAT, with(talk.clone(), &json!({param: value})), param);
     }
     still_serves();
 }

@@ -31,6 +31,11 @@ fn scored(weights: &str, backend: &str) -> (Vec<f64>, String) {
 }
 
 /// Checks that libtorch's scores are within `mean` on average and `most` at worst of ours.
+///
+/// libtorch's operators multiply weights by bf16 activations and round sums to bf16 (8 bits of mantissa); ours round
+/// activations to 8 bits and add integers. Neither is the truth; they differ like two formats do. Measured on AVX-512:
+/// q4 mean 0.014 worst 0.053, q8 mean 0.023 worst 0.23; the limits are twice that and more, since libtorch chooses
+/// other kernels on other machines. A wrong group, scale or expert costs whole units.
 #[track_caller]
 fn close(weights: &str, mean: f64, most: f64) {
     let (ours, exact) = scored(weights, "native");
@@ -55,12 +60,12 @@ fn int8_operators_are_within_tolerance() {
 
 #[test]
 fn int4_operators_are_within_tolerance() {
-    close("q4", 0.05, 0.5);
+    close("q4", 0.03, 0.2);
 }
 
 #[test]
 fn an_exact_router_takes_no_libtorch_node() {
-    let shape = Shape { router: &["--wait", "3"], node: &["--backend", "libtorch"], ..Shape::nodes(2) };
+    let shape = Shape { router: &["--wait", "2"], node: &["--backend", "libtorch"], ..Shape::nodes(2) };
     let cluster = Alone::start_with(&shape, 0);
     let answer = cluster.api.post("/v1/completions", &json!({"prompt": "The", "max_tokens": 3}));
     assert_eq!(answer.header("x-moemesh-exact"), "native");

@@ -36,6 +36,14 @@ pub enum RosterError {
         /// Which file.
         path: PathBuf,
     },
+    /// What is in the file is wrong.
+    #[error("roster {path}: {source}", path = path.display())]
+    Content {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<RosterError>,
+    },
     /// It is not TOML, or not of this form; the message says where.
     #[error("the roster does not parse: {0}")]
     Syntax(String),
@@ -93,7 +101,9 @@ impl Roster {
         if std::fs::metadata(path).map_err(failed)?.len() > FILE_BYTES_MAX {
             return Err(RosterError::TooLong { path: path.to_owned() });
         }
-        Roster::parse(&std::fs::read_to_string(path).map_err(failed)?)
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let content = |source| RosterError::Content { path: path.to_owned(), source: Box::new(source) };
+        Roster::parse(&text).map_err(content)
     }
 
     /// Parses and checks the text of a roster.
