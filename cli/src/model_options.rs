@@ -17,7 +17,7 @@ use crate::output::Progress;
 /// Which model, and how it is computed.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelOptions {
-    /// Directory of a Hugging Face checkpoint, or synthetic:<shape>?layers=N&seed=S
+    /// Directory of a Hugging Face checkpoint, or synthetic:SHAPE?layers=N&seed=S
     /// (shapes: qwen3-30b-a3b, qwen3-235b-a22b, mixtral-8x7b, olmoe-1b-7b). Default: the tale-moe story model
     #[arg(long, env = "MOEMESH_MODEL")]
     pub(crate) model: Option<String>,

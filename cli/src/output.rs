@@ -58,7 +58,7 @@ impl Progress {
         self.bar.set_length(total);
         self.bar.set_message(what.to_owned());
         self.bar.set_position(done);
-        let tenth = if total == 0 { 10 } else { done * 10 / total };
+        let tenth = (done * 10).checked_div(total).unwrap_or(10);
         if self.bar.is_hidden() && tenth > self.tenth {
             eprintln!("{what}: {} % of {} MB", tenth * 10, total / 1_000_000);
         }

@@ -11,7 +11,7 @@ use crate::output::Progress;
 /// Options of `moemesh synth`.
 #[derive(Args, Debug)]
 pub(crate) struct Options {
-    /// synthetic:<shape>?layers=N&seed=S, with a shape of qwen3-30b-a3b, qwen3-235b-a22b, mixtral-8x7b,
+    /// synthetic:SHAPE?layers=N&seed=S, with a SHAPE of qwen3-30b-a3b, qwen3-235b-a22b, mixtral-8x7b,
     /// olmoe-1b-7b
     #[arg(long)]
     model: String,

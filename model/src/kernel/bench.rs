@@ -313,6 +313,18 @@ pub fn autotable(
     Ok(table)
 }
 
+/// Bytes that `read_bandwidth_gb_s` reads: several times the last-level cache.
+const READ_BYTES: usize = 512 << 20;
+
+/// Gigabytes (10^9) per second that `threads` threads read from memory: the limit of decoding. The median of five
+/// passes over half a gigabyte.
+pub fn read_bandwidth_gb_s(threads: usize) -> f64 {
+    let mut buffer = Buffer::zeroed(READ_BYTES);
+    // Written once: pages that were never touched are all the same zero page, which lies in the cache.
+    buffer.fill(1);
+    median(&mut [(); 5].map(|()| read_gb_s(&buffer, threads)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,16 +359,4 @@ mod tests {
         assert_eq!(table.map(|speed| speed.rows), ROWS);
         assert!(table.iter().all(|speed| speed.weight_gb_s > 0.0 && speed.weight_gb_s.is_finite()));
     }
-}
-
-/// Bytes that `read_bandwidth_gb_s` reads: several times the last-level cache.
-const READ_BYTES: usize = 512 << 20;
-
-/// Gigabytes (10^9) per second that `threads` threads read from memory: the limit of decoding. The median of five
-/// passes over half a gigabyte.
-pub fn read_bandwidth_gb_s(threads: usize) -> f64 {
-    let mut buffer = Buffer::zeroed(READ_BYTES);
-    // Written once: pages that were never touched are all the same zero page, which lies in the cache.
-    buffer.fill(1);
-    median(&mut [(); 5].map(|()| read_gb_s(&buffer, threads)))
 }
