@@ -204,11 +204,11 @@ fn a_router_with_keys_lets_nobody_else_in() {
     api.get("/v1/models").error(401, "invalid_api_key");
     api.get("/metrics").error(401, "invalid_api_key");
     api.post(COMPLETIONS, &json!({"prompt": "a"})).error(401, "invalid_api_key");
-    let message = api.get_with_key("/v1/models", "wrong").error(401, "invalid_api_key");
+    let message = api.read_with_key("/v1/models", "wrong").error(401, "invalid_api_key");
     assert!(message.contains("Authorization: Bearer"), "{message}");
     assert!(!message.contains("wrong key: wrong") && !message.contains("sesame"), "{message}");
     for key in ["sesame", "mellon"] {
-        assert_eq!(api.get_with_key("/v1/models", key).ok()["data"][0]["id"], "tale-moe");
+        assert_eq!(api.read_with_key("/v1/models", key).ok()["data"][0]["id"], "tale-moe");
     }
     // Probes have no key.
     assert_eq!(api.get("/health").status, 200);

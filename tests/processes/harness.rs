@@ -382,7 +382,7 @@ impl Api {
         Self::answered(self.agent.get(format!("{}{path}", self.base)).call())
     }
 
-    pub(crate) fn get_with_key(&self, path: &str, key: &str) -> Answer {
+    pub(crate) fn read_with_key(&self, path: &str, key: &str) -> Answer {
         let request = self.agent.get(format!("{}{path}", self.base));
         Self::answered(request.header("Authorization", format!("Bearer {key}")).call())
     }

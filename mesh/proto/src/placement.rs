@@ -17,6 +17,11 @@ use mesh_wire::id::ExpertKey;
 use crate::facts::ModelFacts;
 use crate::routes::NodeIndex;
 
+/// A node counts as at most this many times slower than the fastest. A start-up measurement that was disturbed
+/// (several nodes start at once on a small machine) can be off by a factor of hundreds, and a node without any
+/// expert helps nobody; one that really is slower than this should rather not join.
+const SLOWEST: u64 = 8;
+
 /// Nodes at least this fraction (2/3) as fast as the fastest count as equally fast: a bandwidth measured in
 /// a few milliseconds varies by as much between equal machines, and between two starts of the same one. A split by
 /// noise would only move experts about.
@@ -164,7 +169,9 @@ fn quotas(facts: &ModelFacts, nodes: &[Capacity], wanted: u64) -> Vec<u64> {
 /// What the split is in proportion to: the bandwidths where every node has one, else the memories.
 fn weights(nodes: &[Capacity]) -> Vec<u128> {
     let fastest = nodes.iter().map(|node| u64::from(node.weight_mb_s)).max().unwrap_or(0);
-    let level = |speed: u64| if speed * LEVEL.1 >= fastest * LEVEL.0 { fastest } else { speed };
+    let level = |speed: u64| {
+        if speed * LEVEL.1 >= fastest * LEVEL.0 { fastest } else { speed.max(fastest / SLOWEST) }
+    };
     let measured = nodes.iter().all(|node| node.weight_mb_s > 0);
     let weight = |node: &Capacity| if measured { level(node.weight_mb_s.into()) } else { node.memory_bytes };
     nodes.iter().map(|node| u128::from(weight(node))).collect()
