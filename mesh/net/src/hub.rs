@@ -9,7 +9,7 @@
 //! the roster's router.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -183,6 +183,8 @@ struct Shared {
     connections: AtomicU64,
     handshakes_failed: AtomicU64,
     deferred: AtomicU64,
+    /// Goodbye was said: nodes that leave from now on do what they were told.
+    closing: AtomicBool,
 }
 
 /// See the module. Dropping it shuts it down.
@@ -362,6 +364,7 @@ impl Shared {
             connections: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             deferred: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
         }
     }
 
@@ -471,6 +474,7 @@ impl Server {
     /// Tells every node, waits a moment for it to arrive, and closes the endpoint.
     async fn close(mut self, reason: String) {
         self.endpoint.set_server_config(None);
+        self.shared.closing.store(true, Ordering::Relaxed);
         for seat in &self.shared.seats {
             let Some(link) = seat.link().clone() else { continue };
             match Message::Goodbye(Goodbye { reason: reason.clone() }).encode(&self.shared.pool) {
@@ -550,7 +554,7 @@ async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
         present
     };
     if present {
-        if reason.contains("goodbye") {
+        if shared.closing.load(Ordering::Relaxed) || reason.contains("goodbye") {
             tracing::info!(node = seat.machine.name, reason, "a node left");
         } else {
             tracing::warn!(node = seat.machine.name, reason, "a node is gone");
