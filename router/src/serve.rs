@@ -131,7 +131,8 @@ pub enum Milestone {
     },
 }
 
-/// Runs a router until `stop` resolves.
+/// Runs a router until `stop` resolves, also while it loads or waits for nodes; then a blocking task of the runtime
+/// may still be loading: end the runtime with a timeout.
 ///
 /// # Errors
 /// What keeps it from starting.
@@ -151,21 +152,28 @@ pub async fn run(
     let mesh = hub.as_ref().map(|hub| hub.local_addr());
     reached(Milestone::Listening { mesh, http: address });
 
+    tokio::pin!(stop);
     let loading = (config.clone(), hub.clone());
-    let loaded = tokio::task::spawn_blocking(move || load(&loading.0, loading.1)).await;
+    let loaded = tokio::select! {
+        loaded = tokio::task::spawn_blocking(move || load(&loading.0, loading.1)) => loaded,
+        () = &mut stop => return Ok(()),
+    };
     let metrics = Arc::new(Metrics::new().map_err(|error| RouterError::Start(error.to_string()))?);
     let (handle, engine) = loaded.map_err(|error| RouterError::Start(error.to_string()))??;
     let engine = engine.counting(Arc::clone(&metrics));
     let status = engine.status();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run());
     let thread = thread.map_err(|error| RouterError::Start(error.to_string()))?;
-    let nodes = wait_for_nodes(&config, hub.clone()).await;
+    let nodes = tokio::select! {
+        nodes = wait_for_nodes(&config, hub.clone()) => nodes,
+        () = &mut stop => return Ok(()),
+    };
     let view = ClusterView { hub: hub.clone(), status, engine: handle.clone() };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
     reached(Milestone::Ready { nodes });
-    http::serve(listener, Arc::new(service), stop).await;
+    serve_until(listener, service, stop).await;
 
     if tokio::time::timeout(DRAIN_WITHIN, handle.drain()).await.is_err() {
         tracing::warn!("sequences still run after {} s; they end with the router", DRAIN_WITHIN.as_secs());
@@ -178,6 +186,23 @@ pub async fn run(
         goodbye.await.ok();
     }
     Ok(())
+}
+
+/// Serves the API; once `stop` resolves, answers under way get `DRAIN_WITHIN` to end.
+async fn serve_until(listener: TcpListener, service: http::Service, stop: impl Future<Output = ()>) {
+    let stopped = tokio::sync::Notify::new();
+    let stop = async {
+        stop.await;
+        stopped.notify_one();
+    };
+    let patience = async {
+        stopped.notified().await;
+        tokio::time::sleep(DRAIN_WITHIN).await;
+    };
+    tokio::select! {
+        () = http::serve(listener, Arc::new(service), stop) => {}
+        () = patience => tracing::warn!("answers still run after {} s; they are cut off", DRAIN_WITHIN.as_secs()),
+    }
 }
 
 /// Tokenizer and template of a model; a synthetic one gets bytes as tokens.

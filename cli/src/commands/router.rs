@@ -15,6 +15,9 @@ use serde_json::json;
 use crate::model_options::ModelOptions;
 use crate::{output, signals};
 
+/// Time that blocking tasks get to end once the router has stopped.
+const STOP_WITHIN: Duration = Duration::from_millis(500);
+
 /// Options of `moemesh router`.
 #[derive(Args, Debug)]
 pub(crate) struct Options {
@@ -92,7 +95,11 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             std::future::pending::<()>().await;
         }
     };
-    runtime.block_on(router::serve::run(config, |milestone| report(milestone, announce, &name), stop))?;
+    let ended =
+        runtime.block_on(router::serve::run(config, |milestone| report(milestone, announce, &name), stop));
+    // Stopped while it was loading, a blocking task may still be at it.
+    runtime.shutdown_timeout(STOP_WITHIN);
+    ended?;
     Ok(ExitCode::SUCCESS)
 }
 
