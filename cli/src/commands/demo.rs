@@ -77,7 +77,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         cluster.stop()?;
     }
     println!("\n\n{}", super::nodes::table(&nodes));
-    println!("{}", summary(&story, reference.as_ref(), equal));
+    println!("{}", summary(&story, reference.as_ref(), verdict(equal, options.model.require_exact())));
     if options.json {
         output::json(&report(options, &name, story, equal, &nodes))?;
     }
@@ -86,7 +86,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     } else {
         cluster.stop()?;
     }
-    Ok(if equal == Some(false) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    // Kernels that are equal within tolerance only may choose another token without anything being wrong.
+    let broken = equal == Some(false) && options.model.require_exact();
+    Ok(if broken { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// Streams the story through the API, as any client would.
@@ -124,7 +126,16 @@ fn alone(options: &Options) -> anyhow::Result<Story> {
         .context("run the single process to compare with")
 }
 
-fn summary(story: &Story, alone: Option<&Story>, equal: Option<bool>) -> Table {
+fn verdict(equal: Option<bool>, exact: bool) -> &'static str {
+    match (equal, exact) {
+        (Some(true), _) => "every token and every logit equals the single process, bit for bit",
+        (Some(false), true) => "DIFFERS from the single process",
+        (Some(false), false) => "differs from the single process, as kernels that are not exact may",
+        (None, _) => "not compared with a single process",
+    }
+}
+
+fn summary(story: &Story, alone: Option<&Story>, verdict: &str) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.add_row(["tokens".to_owned(), story.token_ids.len().to_string()]);
@@ -137,11 +148,6 @@ fn summary(story: &Story, alone: Option<&Story>, equal: Option<bool>) -> Table {
     if let Some(alone) = alone {
         table.add_row(["single process".to_owned(), format!("{:.1} tokens/s", alone.decode_tok_s())]);
     }
-    let verdict = match equal {
-        Some(true) => "every token and every logit equals the single process, bit for bit",
-        Some(false) => "DIFFERS from the single process",
-        None => "not compared with a single process",
-    };
     table.add_row(["text".to_owned(), verdict.to_owned()]);
     table
 }
@@ -164,7 +170,7 @@ fn report(options: &Options, name: &str, story: Story, equal: Option<bool>, node
 fn serve(client: &Client, cluster: &mut Cluster, name: &str) -> anyhow::Result<()> {
     let body =
         json!({"model": name, "messages": [{"role": "user", "content": "Once upon a time"}], "stream": true});
-    println!("\nThe cluster stays up at {}. Try:\n", client.base());
+    println!("\nThe cluster stays up at {} - try:\n", client.base());
     println!(
         "  curl -N {}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         client.base()
