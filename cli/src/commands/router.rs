@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use mesh_net::hub::HubConfig;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use router::serve::{MeshConfig, Milestone, RouterConfig};
@@ -30,7 +31,7 @@ pub(crate) struct Options {
     #[arg(long)]
     key: Option<PathBuf>,
     /// UDP address that nodes dial
-    #[arg(long, default_value = "127.0.0.1:8621")]
+    #[arg(long, default_value_t = HubConfig::LISTEN)]
     listen: SocketAddr,
     /// TCP address of the API; any but loopback needs an API key
     #[arg(long, default_value = "127.0.0.1:8620")]

@@ -76,7 +76,7 @@ pub struct HubConfig {
 
 impl HubConfig {
     /// Default address to listen on.
-    pub const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 7420);
+    pub const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8621);
 
     /// Default of `pool_bytes_max`: 64 calls of 1 MiB, and as many replies of 2 MiB.
     pub const POOL_BYTES_MAX: usize = 256 << 20;
