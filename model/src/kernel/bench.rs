@@ -72,6 +72,17 @@ impl Default for BenchConfig {
 /// Makes the yardstick for experts of a shape from so many bytes of weights.
 pub type MakeSubject = Box<dyn Fn((usize, usize), usize) -> Result<Box<dyn Subject>, KernelError>>;
 
+#[cfg(feature = "torch")]
+impl Subject for super::libtorch::PlainMatmul {
+    fn set_rows(&mut self, rows: usize) -> Result<(), KernelError> {
+        super::libtorch::PlainMatmul::set_rows(self, rows)
+    }
+
+    fn step(&mut self) -> Result<Duration, KernelError> {
+        super::libtorch::PlainMatmul::step(self)
+    }
+}
+
 /// What takes part.
 pub enum Contender {
     /// A backend, for every format.

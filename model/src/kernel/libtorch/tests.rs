@@ -88,11 +88,16 @@ fn expert_sums_are_within_tolerance_of_native() {
     let mut rng = Rng::new(22);
     for format in Format::ALL {
         for (count, hidden, inter, step) in
-            [(1, 64, 64, -16), (5, 90, 72, -16), (40, 256, 160, -16), (3, 1024, 1100, -6)]
+            [(1, 64, 64, -16), (5, 90, 72, -16), (40, 256, 160, -16), (3, 1024, 1100, -10)]
         {
             let experts: Vec<LogicalExpert> =
                 (0..2).map(|_| LogicalExpert::random(&mut rng, format, (hidden, inter), false)).collect();
-            let buffer = filled(format, hidden, &rows(&mut rng, count, hidden));
+            // Rows of the wide shape are small, as after a norm: beyond, the sum of 1024 products is no well-scaled
+            // input of the activation.
+            let reach = if hidden > 512 { 0.125 } else { 1.0 };
+            let mut rows = rows(&mut rng, count, hidden);
+            rows.iter_mut().flatten().for_each(|v| *v *= reach);
+            let buffer = filled(format, hidden, &rows);
             let x = Activations::new(format, count, hidden, &buffer).unwrap();
             let reference = sums(&*native(1), &experts, x, step);
             for (way, torch) in ways() {
