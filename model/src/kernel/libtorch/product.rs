@@ -21,7 +21,7 @@ use crate::region::{Buffer, Bytes};
 
 /// bf16 weights that are made and multiplied at a time: they stay in a second- or last-level cache, and a product
 /// with them is long beside the call of an operator.
-const PIECE_BYTES: usize = 4 << 20;
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Below this much bf16, waking other threads costs more than they save.
 const SHARED_BYTES: usize = 256 << 10;
