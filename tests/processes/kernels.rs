@@ -1,6 +1,6 @@
 //! Options that say how to compute: bad ones are told what to do, odd ones work.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::harness::{moemesh, moemesh_with, turn};
 
@@ -97,8 +97,12 @@ fn bench_kernel_reports_lines_targets_and_the_table() {
         let candidates = tables[0]["candidates"].as_array().expect("names");
         assert!(candidates.contains(&choice["chosen"]), "{choice}");
     }
-    let without = moemesh(&[&TINY[..], &["--no-libtorch", "--formats", "q8", "--rows", "4"]].concat());
-    without.refused(&["--rows"]);
+    let mut flags = TINY.to_vec();
+    flags.extend(["--no-libtorch", "--formats", "q8"]);
+    let without = moemesh(&flags).json();
+    let lines = without["results"].as_array().expect("lines");
+    assert!(lines.iter().all(|line| line["backend"] == "native" && line["format"] == "q8"), "{without}");
+    assert_eq!(without["targets"], json!({}), "the targets are about q4");
 }
 
 #[test]
