@@ -72,7 +72,7 @@ fn rows_between_the_counts_go_with_the_nearest() {
 fn wide_shapes_are_reduced_to_whole_groups() {
     assert_eq!(reduced(768, 2048, 3), 768);
     let mixtral = reduced(14336, 4096, 3);
-    assert!(mixtral % 32 == 0 && mixtral * 4096 * 3 <= WEIGHTS_MAX && mixtral >= 384);
+    assert!(mixtral.is_multiple_of(32) && mixtral * 4096 * 3 <= WEIGHTS_MAX && mixtral >= 384);
     assert_eq!(reduced(100, 1 << 30, 1), 32, "never nothing");
 }
 
