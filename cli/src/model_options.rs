@@ -1,18 +1,38 @@
-//! Options that several commands share: which model, in which format, computed how.
+//! Options that several commands share: which model, in which format, computed how and where.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use model::format::Format;
 use model::kernel::Kernels;
-use model::kernel::bench::autotable;
+#[cfg(feature = "torch")]
+use model::kernel::fastest::{Fastest, Workload};
+#[cfg(feature = "torch")]
+use model::kernel::libtorch::{Libtorch, LibtorchConfig, Route};
 use model::kernel::native::{DEFAULT_SPIN, Native, NativeConfig};
 use model::open::Model;
 
 use crate::output::Progress;
+
+/// The device that needs no GPU.
+const CPU: &str = "cpu";
+
+/// Threads of one process at most: more than any machine has; a typo is caught.
+const THREADS_MAX: u64 = 1024;
+
+/// Reads a number of threads.
+pub(crate) fn threads() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::<usize>::new().range(1..=THREADS_MAX)
+}
+
+/// Cores this process may use; 1 where the system does not say.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
 
 /// Which model, and how it is computed.
 #[derive(Args, Clone, Debug)]
@@ -31,8 +51,12 @@ pub(crate) struct ModelOptions {
     /// native: our own kernels. libtorch: its operators (not exact, implies --kernels fastest)
     #[arg(long, value_enum, default_value_t = Backend::Native)]
     pub(crate) backend: Backend,
+    /// Where libtorch multiplies: cpu, cuda, cuda:N or mps; any but cpu needs --kernels fastest or --backend libtorch.
+    /// What lies between products (attention, norms, gates) stays on the CPU
+    #[arg(long, default_value = CPU)]
+    pub(crate) device: String,
     /// Threads to compute with, this process in all [default: one per core]
-    #[arg(long, env = "MOEMESH_THREADS")]
+    #[arg(long, env = "MOEMESH_THREADS", value_parser = threads())]
     pub(crate) threads: Option<usize>,
     /// Where packed models are kept [default: $XDG_CACHE_HOME/moemesh or ~/.cache/moemesh]
     #[arg(long, env = "MOEMESH_CACHE")]
@@ -99,23 +123,35 @@ impl ModelOptions {
 
     /// Threads this process computes with.
     pub(crate) fn thread_count(&self) -> usize {
-        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1)
+        self.threads.unwrap_or_else(cores).max(1)
     }
 
     /// The kernels for products of this model, and the native ones for everything between them.
     pub(crate) fn load_kernels(&self, model: &Model) -> anyhow::Result<(Arc<dyn Kernels>, Arc<Native>)> {
-        let mut config = NativeConfig::threads(self.thread_count());
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        // Watching for work steals the core from whoever would bring it, once there are more threads than cores.
-        config.spin = if self.thread_count() <= cores { DEFAULT_SPIN } else { Duration::ZERO };
-        let native = Arc::new(Native::new(config)?);
-        match (self.backend, self.kernels) {
-            (Backend::Libtorch, _) => Ok((self.libtorch()?, native)),
-            (Backend::Native, Class::Fastest) if cfg!(feature = "torch") => {
-                Ok((self.fastest(model, Arc::<Native>::clone(&native))?, native))
-            }
-            (Backend::Native, _) => Ok((Arc::<Native>::clone(&native), native)),
+        if self.device != CPU && self.require_exact() {
+            bail!(
+                "--device {} is for libtorch, and exact kernels run on the CPU only: add --kernels fastest (or \
+                 --backend libtorch), or leave --device out",
+                self.device
+            );
         }
+        let (threads, cores) = (self.thread_count(), cores());
+        if threads > cores {
+            tracing::warn!(
+                "{threads} threads on {cores} cores only wait for each other: say --threads {cores} or leave it out"
+            );
+        }
+        let mut config = NativeConfig::threads(threads);
+        // Watching for work steals the core from whoever would bring it, once there are more threads than cores.
+        config.spin = if threads <= cores { DEFAULT_SPIN } else { Duration::ZERO };
+        let native = Arc::new(Native::new(config)?);
+        let kernels: Arc<dyn Kernels> = match (self.backend, self.kernels) {
+            (Backend::Native, Class::Exact) => Arc::<Native>::clone(&native),
+            (Backend::Native, Class::Fastest) => self.fastest(model, &native)?,
+            (Backend::Libtorch, _) => self.libtorch(model, &native)?,
+        };
+        tracing::info!(exact = kernels.exact(), "kernels: {} {}", kernels.name(), kernels.isa());
+        Ok((kernels, native))
     }
 
     /// Whether every result must be the bits of the definition.
@@ -123,28 +159,43 @@ impl ModelOptions {
         self.kernels == Class::Exact && self.backend == Backend::Native
     }
 
-    /// Whichever backend streams an expert of this model faster for a single row, measured now.
-    fn fastest(&self, model: &Model, native: Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
-        let shape = (model.config.hidden, model.config.moe.inter);
-        let torch = self.libtorch()?;
-        let speed = |kernels: &dyn Kernels| -> anyhow::Result<f64> {
-            Ok(autotable(kernels, shape, model.format)?[0].weight_gb_s)
-        };
-        let (ours, theirs) = (speed(&*native)?, speed(&*torch)?);
-        tracing::info!(native = ours, libtorch = theirs, "GB/s of weights at one row");
-        Ok(if theirs > ours { torch } else { native })
+    /// Native and libtorch, each where it is faster, measured now.
+    #[cfg(feature = "torch")]
+    fn fastest(&self, model: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        let mut candidates: Vec<Arc<dyn Kernels>> = vec![Arc::<Native>::clone(native)];
+        candidates.extend(libtorch_backends(&self.device, model.format, native)?);
+        Ok(Arc::new(Fastest::measure("fastest", candidates, workload(model))?))
     }
 
     #[cfg(feature = "torch")]
-    fn libtorch(&self) -> anyhow::Result<Arc<dyn Kernels>> {
-        use model::kernel::libtorch::{Libtorch, LibtorchConfig};
-        let config = LibtorchConfig { device: "cpu".to_owned(), threads: self.thread_count() };
-        Ok(Arc::new(Libtorch::new(&config)?))
+    fn libtorch(&self, model: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        let mut candidates = libtorch_backends(&self.device, model.format, native)?;
+        match candidates.len() {
+            1 => Ok(candidates.swap_remove(0)),
+            _ => Ok(Arc::new(Fastest::measure("libtorch", candidates, workload(model))?)),
+        }
     }
 
     #[cfg(not(feature = "torch"))]
-    fn libtorch(&self) -> anyhow::Result<Arc<dyn Kernels>> {
-        bail!("this build has no libtorch; build it with the feature torch")
+    fn fastest(&self, _: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        self.need_cpu()?;
+        tracing::warn!(
+            "this build has no libtorch: --kernels fastest is our own kernels, as --kernels exact is"
+        );
+        Ok(Arc::<Native>::clone(native))
+    }
+
+    #[cfg(not(feature = "torch"))]
+    fn libtorch(&self, _: &Model, _: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        bail!("--backend libtorch: this build has none; use the build with libtorch, or leave --backend out")
+    }
+
+    #[cfg(not(feature = "torch"))]
+    fn need_cpu(&self) -> anyhow::Result<()> {
+        if self.device == CPU {
+            return Ok(());
+        }
+        bail!("--device {}: this build has no libtorch; use the build with it, or --device cpu", self.device)
     }
 
     /// The same options as arguments of a child process.
@@ -159,10 +210,43 @@ impl ModelOptions {
             name(self.kernels.to_possible_value()).unwrap_or_default(),
             "--backend".into(),
             name(self.backend.to_possible_value()).unwrap_or_default(),
+            "--device".into(),
+            self.device.clone(),
             "--threads".into(),
             threads.to_string(),
             "--cache".into(),
             self.cache_dir()?.to_string_lossy().into_owned(),
         ])
     }
+}
+
+/// What the model asks of its kernels: its experts, and the stacked projections of its first layer.
+#[cfg(feature = "torch")]
+fn workload(model: &Model) -> Workload {
+    let config = &model.config;
+    Workload {
+        format: model.format,
+        expert: (config.hidden, config.moe.inter),
+        matrix: (config.q_width() + 2 * config.kv_width(), config.hidden),
+    }
+}
+
+/// libtorch's ways of multiplying on `device`: on the CPU its operators, which copy weights into their own layout, and
+/// bf16 products of what is packed.
+#[cfg(feature = "torch")]
+pub(crate) fn libtorch_backends(
+    device: &str,
+    format: Format,
+    native: &Arc<Native>,
+) -> anyhow::Result<Vec<Arc<dyn Kernels>>> {
+    let several = device == CPU && format.is_quantized();
+    let routes: &[Route] =
+        if several { &[Route::Operators, Route::Dequantized] } else { &[Route::Operators] };
+    let open = |route: &Route| -> anyhow::Result<Arc<dyn Kernels>> {
+        let crew = Some(Arc::clone(native));
+        let (device, threads) = (device.to_owned(), native.threads());
+        let config = LibtorchConfig { device, threads, route: *route, crew, memory_bytes: None };
+        Ok(Arc::new(Libtorch::new(&config)?))
+    };
+    routes.iter().map(open).collect()
 }

@@ -33,7 +33,7 @@ const ENOUGH: Duration = Duration::from_millis(8);
 /// (bytes per second). 0 where not measured.
 ///
 /// # Errors
-/// Where the sample cannot be loaded.
+/// Where the sample cannot be loaded, or not even one row of it runs.
 pub fn weight_mb_s(
     source: &dyn Source,
     kernels: &dyn Kernels,
@@ -61,7 +61,15 @@ pub fn weight_mb_s(
         if expected > left {
             break;
         }
-        let seconds = one_expert(&*runs, &shape, (rows, experts), &mut sums)?;
+        let seconds = match one_expert(&*runs, &shape, (rows, experts), &mut sums) {
+            Ok(seconds) => seconds,
+            // A device too full for more rows serves calls of fewer.
+            Err(error) if before.is_some() => {
+                tracing::warn!("calls of {rows} rows do not run here, the router will compute them: {error}");
+                break;
+            }
+            Err(error) => return Err(error),
+        };
         before = Some((rows, seconds));
         let bytes_s = shape.expert_bytes as f64 / seconds;
         // Saturates at what u32 holds.

@@ -1,9 +1,12 @@
 //! What can be computed with packed weights, behind one trait.
 //!
 //! `native` is the definition of the bits (DESIGN section 5, NUMERICS): scalar code and SIMD that equals it bit for bit. `libtorch`
-//! runs the same products through tch operators, equal within tolerance. A backend turns packed bytes into
-//! something it can run; after that, one call computes one product for any number of rows, or all the experts
-//! of one layer that a process holds (one call per (node, layer), never one operator per expert).
+//! runs the same products through tch operators, equal within tolerance. `fastest` holds several and chooses by the
+//! number of rows. A backend turns packed bytes into something it can run; after that, one call computes one product
+//! for any number of rows, or all the experts of one layer that a process holds (one call per (node, layer), never
+//! one operator per expert).
+
+pub mod fastest;
 
 pub mod bench;
 #[cfg(feature = "torch")]
@@ -69,7 +72,7 @@ pub enum KernelError {
 
 /// A backend.
 pub trait Kernels: Send + Sync + Debug {
-    /// `native` or `libtorch`.
+    /// `native`, `libtorch`, or `fastest` for a choice between them.
     fn name(&self) -> &'static str;
 
     /// The instruction set or device in use, as `bench kernel` and `nodes` print it.

@@ -5,6 +5,8 @@
     reason = "a test that cannot go on has failed; figures help"
 )]
 
+#[cfg(feature = "torch")]
+mod device;
 mod equivalence;
 
 mod golden;

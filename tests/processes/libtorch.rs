@@ -4,6 +4,9 @@ use serde_json::{Value, json};
 
 use super::harness::{Alone, Shape};
 
+/// What one token may differ by whose gate decided the other way.
+const WORST: f64 = 1.0;
+
 /// About a hundred tokens of a tale.
 const TEXT: &str = "Hard by a great forest dwelt a poor wood-cutter with his wife and his two children. The boy was \
     called Hansel and the girl Gretel. He had little to bite and to break, and once, when great dearth fell on the \
@@ -30,12 +33,15 @@ fn scored(weights: &str, backend: &str) -> (Vec<f64>, String) {
     (scores, exact)
 }
 
-/// Checks that libtorch's scores are within `mean` on average and `most` at worst of ours.
+/// Checks that libtorch's scores are within `mean` on average and, but for one token, within `most` of ours.
 ///
 /// libtorch's operators multiply weights by bf16 activations and round sums to bf16 (8 bits of mantissa); ours round
-/// activations to 8 bits and add integers. Neither is the truth; they differ like two formats do. Measured on AVX-512:
-/// q4 mean 0.014 worst 0.053, q8 mean 0.023 worst 0.23; the limits are twice that and more, since libtorch chooses
-/// other kernels on other machines. A wrong group, scale or expert costs whole units.
+/// activations to 8 bits and add integers. Neither is the truth; they differ like two formats do. Which operators run
+/// depends on what was faster at start; measured on AVX-512, mean and second worst: q4 0.014 and 0.046 (int4), 0.018 and
+/// 0.067 (dequantized); q8 0.023 and 0.091 (int8), 0.017 and 0.071. The limits are more, since libtorch chooses other
+/// kernels on other machines. The worst token was 0.36 off: a gate whose fourth and fifth expert are all but equal
+/// decides the other way, which is a difference of the model's, not of arithmetic. A wrong group, scale or
+/// expert costs whole units everywhere.
 #[track_caller]
 fn close(weights: &str, mean: f64, most: f64) {
     let (ours, exact) = scored(weights, "native");
@@ -44,18 +50,20 @@ fn close(weights: &str, mean: f64, most: f64) {
     assert_eq!(exact, "tolerance");
     assert_eq!(ours.len(), theirs.len());
     assert!(ours.len() >= 80, "{} tokens", ours.len());
-    let differences: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).collect();
+    let mut differences: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).collect();
+    differences.sort_by(f64::total_cmp);
     let average = differences.iter().sum::<f64>() / differences.len() as f64;
-    let worst = differences.iter().copied().fold(0.0, f64::max);
-    eprintln!("{weights}: mean {average:.5}, worst {worst:.5} over {} tokens", ours.len());
+    let [.., second, worst] = differences[..] else { panic!("two tokens at least") };
+    eprintln!("{weights}: mean {average:.5}, worst {second:.5}, {worst:.5} of {} tokens", ours.len());
     assert!(average <= mean, "{weights}: mean difference {average}");
-    assert!(worst <= most, "{weights}: worst difference {worst}");
+    assert!(second <= most, "{weights}: second worst difference {second}");
+    assert!(worst <= WORST, "{weights}: worst difference {worst}");
     assert!(worst > 0.0, "{weights}: not a bit differs, so it was not libtorch that computed");
 }
 
 #[test]
 fn int8_operators_are_within_tolerance() {
-    close("q8", 0.05, 0.5);
+    close("q8", 0.05, 0.25);
 }
 
 #[test]

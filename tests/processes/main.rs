@@ -10,5 +10,6 @@ mod api;
 mod commands;
 mod errors;
 mod failover;
+mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;

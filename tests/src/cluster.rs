@@ -5,13 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use expert_node::node::{ExpertNode, NodeConfig};
+use expert_node::node::{ExpertNode, NodeConfig, NodeSnapshot};
 use mesh_net::hub::{Hub, HubConfig};
 use mesh_net::identity::Identity;
 use mesh_net::roster::{Machine, Roster};
 use mesh_net::station::StationConfig;
 use mesh_proto::cluster::Policy;
 use model::format::Format;
+use model::kernel::Kernels;
 use model::kernel::native::kv::KV_BLOCK;
 use model::kernel::native::{Native, NativeConfig};
 use model::open::Model;
@@ -72,6 +73,11 @@ pub fn open(directory: &Path, format: Format, cache: &Path) -> Arc<Model> {
 impl Cluster {
     /// Starts hub, nodes and engine, and returns when every node serves.
     pub fn start(model: &Arc<Model>, shape: Shape) -> Cluster {
+        Cluster::start_with(model, shape, &|| native())
+    }
+
+    /// As `start`, with other kernels in the nodes, which may be inexact.
+    pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
         let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
         let router = Identity::generate().expect("a key");
         let identities: Vec<Identity> =
@@ -79,16 +85,22 @@ impl Cluster {
         let nodes = identities.iter().enumerate().map(|(i, id)| machine(format!("node-{i}"), id)).collect();
         let roster =
             Roster { cluster: "test".to_owned(), router: machine("router".to_owned(), &router), nodes };
-        let policy = Policy { plan_at_nodes: shape.nodes, ..Policy::default() };
+        let require_exact = kernels().exact();
+        let policy = Policy { plan_at_nodes: shape.nodes, require_exact, ..Policy::default() };
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let config =
             HubConfig { listen, policy, ..HubConfig::new(router, roster.clone(), model_facts(model)) };
         let hub = Arc::new(Hub::start(config).expect("the hub starts"));
-        let start = |identity: Identity| start_node(model, &roster, identity, hub.local_addr());
+        let start = |identity: Identity| start_node(model, &roster, identity, (hub.local_addr(), kernels()));
         let nodes: Vec<_> = identities.into_iter().map(|identity| Some(start(identity))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
         let (engine, status) = start_engine(model, shape, Some(Arc::clone(&hub)));
         Cluster { engine, status, hub, nodes }
+    }
+
+    /// How a node is doing; `None` after its end.
+    pub fn snapshot(&self, index: usize) -> Option<NodeSnapshot> {
+        self.nodes.get(index)?.as_ref().map(ExpertNode::snapshot)
     }
 
     /// Ends a node without a word to the router's engine.
@@ -146,14 +158,19 @@ pub fn finish(mut stream: Receiver<Event>) -> (Outcome, Timing) {
     }
 }
 
-fn start_node(model: &Arc<Model>, roster: &Roster, identity: Identity, router: SocketAddr) -> ExpertNode {
+fn start_node(
+    model: &Arc<Model>,
+    roster: &Roster,
+    identity: Identity,
+    (router, kernels): (SocketAddr, Arc<dyn Kernels>),
+) -> ExpertNode {
     ExpertNode::start(NodeConfig {
         name: "test".to_owned(),
         identity,
         roster: roster.clone(),
         routers: vec![router],
         model: Arc::<Model>::clone(model),
-        kernels: native(),
+        kernels,
         threads: 1,
         memory_bytes: 1 << 30,
         pace_gb_s: None,

@@ -1,39 +1,39 @@
-//! How fast a backend runs experts whose weights are cold, and how that compares with plain reading.
+//! How fast backends run experts whose weights are cold, and how that compares with plain reading.
 //!
 //! Decoding touches every chosen expert once per token, so weights come from memory, not from a cache: the
 //! benchmark walks cyclically through an arena of distinct experts several times the size of the last-level
-//! cache. Machines swing with their neighbours, so every line is paired with the read bandwidth measured over
-//! the same arena just before and just after it, and reports the ratio. Medians of several samples.
+//! cache. Machines swing with their neighbours by a factor of two, so nothing is measured for long: read, one
+//! contender, read, the next contender, and again from the start. A contender's ratio is taken against the reads just
+//! before and just after it; comparisons between contenders are of samples of the same round; medians of all
+//! rounds count. A neighbour then disturbs both sides or one round of many.
 //!
-//! `autotable` is the quick version for a node that starts: one number per row count, within a time budget.
+//! `fastest` holds the quick version for a program that starts.
 
+mod arena;
+
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::native::ops::Ops;
+pub use self::arena::Subject;
+pub(super) use self::arena::{Arena, ExpertRunner, LinearRunner};
 use super::native::stream::read_gb_s;
-use super::{Assignment, KernelError, Kernels, LayerExperts, PartialSums};
-use crate::activations::{Activations, row_bytes};
-use crate::format::{BLOCK_OUTPUTS, Format};
-use crate::packed::PackedExpert;
-use crate::region::{Buffer, Bytes};
+use super::{KernelError, Kernels};
+use crate::format::Format;
+use crate::region::Buffer;
 
 /// Row counts of the tables.
 pub const ROWS: [usize; 5] = [1, 4, 16, 64, 256];
 
-/// Combine step of the made-up experts: small enough for fine sums, far from overflow.
-const STEP_LOG2: i8 = -10;
-
 /// A sample runs whole experts until it has lasted this long, so that the clock does not matter.
-const SAMPLE: Duration = Duration::from_millis(20);
+const SAMPLE: Duration = Duration::from_millis(10);
 
-/// Weights of the quick table: twice a large last-level cache would take longer to make than there is time; this
-/// is a few times the cache per core of desktop machines.
-const AUTOTABLE_BYTES: usize = 64 << 20;
+/// Rounds of one format and row count take at most this long, unless that would leave fewer than `ROUNDS_MIN`.
+const LINE_TIME: Duration = Duration::from_millis(3000);
 
-/// Time the quick table may take, making the weights included.
-pub const AUTOTABLE_BUDGET: Duration = Duration::from_millis(200);
+/// The fewest rounds with a median that one disturbed round does not move.
+const ROUNDS_MIN: usize = 3;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -48,23 +48,65 @@ pub struct BenchConfig {
     pub rows: Vec<usize>,
     /// Bytes of distinct experts: several times the last-level cache.
     pub arena_bytes: usize,
-    /// Samples per line; the median counts.
-    pub samples: usize,
+    /// Rounds per format and row count.
+    pub rounds: usize,
     /// Threads of the backends, for the bandwidth beside them.
     pub threads: usize,
 }
 
 impl Default for BenchConfig {
-    /// One core, the expert shape of TARGETS.md.
+    /// One core, the expert shape of Qwen3-30B-A3B.
     fn default() -> BenchConfig {
         BenchConfig {
             hidden: 2048,
             inter: 768,
             formats: vec![Format::Q4, Format::Q8, Format::Bf16],
             rows: ROWS.to_vec(),
-            arena_bytes: 640 << 20,
-            samples: 15,
+            arena_bytes: 320 << 20,
+            rounds: 11,
             threads: 1,
+        }
+    }
+}
+
+/// Makes the yardstick for experts of a shape from so many bytes of weights.
+pub type MakeSubject = Box<dyn Fn((usize, usize), usize) -> Result<Box<dyn Subject>, KernelError>>;
+
+#[cfg(feature = "torch")]
+impl Subject for super::libtorch::PlainMatmul {
+    fn set_rows(&mut self, rows: usize) -> Result<(), KernelError> {
+        super::libtorch::PlainMatmul::set_rows(self, rows)
+    }
+
+    fn step(&mut self) -> Result<Duration, KernelError> {
+        super::libtorch::PlainMatmul::step(self)
+    }
+}
+
+/// What takes part.
+pub enum Contender {
+    /// A backend, for every format.
+    Backend(Arc<dyn Kernels>),
+    /// Bare products of bf16 weights with an expert's shapes, measured beside the first format for comparison.
+    Plain {
+        /// As printed in the column of backends.
+        name: String,
+        /// Makes it.
+        make: MakeSubject,
+    },
+}
+
+impl std::fmt::Debug for Contender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.names().0)
+    }
+}
+
+impl Contender {
+    fn names(&self) -> (String, String) {
+        match self {
+            Contender::Backend(kernels) => (kernels.name().to_owned(), kernels.isa()),
+            Contender::Plain { name, .. } => (name.clone(), "-".to_owned()),
         }
     }
 }
@@ -74,7 +116,7 @@ impl Default for BenchConfig {
 pub struct BenchLine {
     /// Backend.
     pub backend: String,
-    /// Instruction set or device.
+    /// Instruction set, device or operators.
     pub isa: String,
     /// Weight format.
     pub format: Format,
@@ -86,8 +128,11 @@ pub struct BenchLine {
     pub gflops: f64,
     /// Bandwidth measured around this line.
     pub read_gb_s: f64,
-    /// `weight_gb_s / read_gb_s`.
+    /// `weight_gb_s / read_gb_s`, the median of the rounds' ratios.
     pub ratio: f64,
+    /// Seconds per expert in each round, for comparisons between lines of one format and row count.
+    #[serde(skip)]
+    pub seconds: Vec<f64>,
 }
 
 /// All lines.
@@ -95,222 +140,137 @@ pub struct BenchLine {
 pub struct BenchReport {
     /// Median of all bandwidth measurements.
     pub read_gb_s: f64,
-    /// One per format and row count.
+    /// One per format, row count and contender.
     pub results: Vec<BenchLine>,
 }
 
-/// Speed at one row count, for a node's report.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct RowSpeed {
-    /// Rows that one expert computes.
-    pub rows: usize,
-    /// Packed weight bytes per second, 10^9.
-    pub weight_gb_s: f64,
-}
-
-/// Distinct experts with random weights.
-struct Arena {
-    bytes: Bytes,
-    format: Format,
-    shape: (usize, usize),
-    count: usize,
-}
-
-impl Arena {
-    fn new(format: Format, shape: (usize, usize), bytes: usize) -> Arena {
-        let each = format.expert_bytes(shape.0, shape.1);
-        let count = bytes.div_ceil(each).clamp(2, usize::from(u16::MAX));
-        let mut buffer = Buffer::zeroed(count * each);
-        fill(format, &mut buffer);
-        Arena { bytes: buffer.into(), format, shape, count }
-    }
-
-    fn experts(&self) -> Vec<(u16, PackedExpert)> {
-        let (hidden, inter) = self.shape;
-        let each = self.format.expert_bytes(hidden, inter);
-        let expert = |index: usize| {
-            let bytes = self.bytes.slice(index * each, each)?;
-            Some((index as u16, PackedExpert { format: self.format, hidden, inter, bytes }))
-        };
-        (0..self.count).filter_map(expert).collect()
-    }
-}
-
-/// Random bytes with sane floats: scales of 0.004 to 0.008 (quantized), weights of magnitude below 2^-6 (bf16).
-fn fill(format: Format, bytes: &mut [u8]) {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let (keep, set) = match format {
-        Format::Bf16 => (0x807f_807f_807f_807f, 0x3c00_3c00_3c00_3c00),
-        Format::Q8 | Format::Q4 => (u64::MAX, 0),
-    };
-    for word in bytes.as_chunks_mut::<8>().0 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        *word = (state & keep | set).to_le_bytes();
-    }
-    if format.is_quantized() {
-        let size = format.group_bytes();
-        for group in bytes.chunks_exact_mut(size) {
-            for scale in group[size - 2 * BLOCK_OUTPUTS..].as_chunks_mut::<2>().0 {
-                let bits = u16::from_le_bytes(*scale);
-                *scale = (0x1c00 | bits & 0x3ff).to_le_bytes();
-            }
+impl BenchReport {
+    /// How many times as many operations per second `ours` does as `theirs`: the median over the rounds in which both
+    /// were measured. `None` unless both are lines of one format and row count.
+    pub fn speedup(ours: &BenchLine, theirs: &BenchLine) -> Option<f64> {
+        if ours.rows != theirs.rows || ours.seconds.is_empty() || theirs.seconds.is_empty() {
+            return None;
         }
+        let mut ratios: Vec<f64> =
+            ours.seconds.iter().zip(&theirs.seconds).map(|(ours, theirs)| theirs / ours).collect();
+        Some(median(&mut ratios))
     }
 }
 
-/// A loaded arena and a batch of rows to send through its experts, one after the other.
-struct Runner {
-    experts: std::sync::Arc<dyn LayerExperts>,
-    count: usize,
-    next: usize,
-    format: Format,
-    hidden: usize,
-    batch: Buffer,
-    assignments: Vec<Assignment>,
-    sums: PartialSums,
-}
-
-impl Runner {
-    fn new(kernels: &dyn Kernels, arena: &Arena) -> Result<Runner, KernelError> {
-        Ok(Runner {
-            experts: kernels.experts(arena.experts(), STEP_LOG2)?,
-            count: arena.count,
-            next: 0,
-            format: arena.format,
-            hidden: arena.shape.0,
-            batch: Buffer::zeroed(0),
-            assignments: Vec::new(),
-            sums: PartialSums::default(),
-        })
-    }
-
-    fn set_rows(&mut self, rows: usize) -> Result<(), KernelError> {
-        let values: Vec<f32> =
-            (0..rows * self.hidden).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
-        self.batch = Buffer::zeroed(rows * row_bytes(self.format, self.hidden));
-        Ops::default()
-            .fill_rows(self.format, self.hidden, &values, &mut self.batch)
-            .map_err(|e| KernelError::Call(e.to_string()))?;
-        self.assignments = (0..rows as u32).map(|row| Assignment { row, expert: 0, weight: 0.125 }).collect();
-        Ok(())
-    }
-
-    /// Runs the next expert and returns the time it took.
-    fn step(&mut self) -> Result<Duration, KernelError> {
-        self.next = (self.next + 1) % self.count;
-        self.assignments.iter_mut().for_each(|a| a.expert = self.next as u16);
-        let rows = self.assignments.len();
-        let x = Activations::new(self.format, rows, self.hidden, &self.batch)
-            .ok_or_else(|| KernelError::Call("the benchmark's rows do not fit".to_owned()))?;
-        let start = Instant::now();
-        self.experts.run(x, &self.assignments, &mut self.sums)?;
-        Ok(start.elapsed())
-    }
-
-    /// Seconds per expert over at least `at_least`, and how many ran.
-    fn sample(&mut self, at_least: Duration) -> Result<f64, KernelError> {
-        let (mut total, mut runs) = (Duration::ZERO, 0);
-        while total < at_least || runs == 0 {
-            total += self.step()?;
-            runs += 1;
-        }
-        Ok(total.as_secs_f64() / f64::from(runs))
-    }
-}
-
-fn median(values: &mut [f64]) -> f64 {
+/// The middle value; the mean of the middle two of an even number, 0 of none.
+pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
 }
 
-/// Measures one backend. Takes seconds per line. `progress` gets each line as it is measured.
+/// Seconds per step over at least `at_least`.
+fn sample(subject: &mut dyn Subject, at_least: Duration) -> Result<f64, KernelError> {
+    let (mut total, mut steps) = (Duration::ZERO, 0);
+    while total < at_least || steps == 0 {
+        total += subject.step()?;
+        steps += 1;
+    }
+    Ok(total.as_secs_f64() / f64::from(steps))
+}
+
+/// A contender with its weights loaded, and its samples at one row count.
+struct Entry<'a> {
+    contender: &'a Contender,
+    format: Format,
+    subject: Box<dyn Subject>,
+    seconds: Vec<f64>,
+    reads: Vec<f64>,
+}
+
+/// Measures all contenders against each other. Takes seconds per format and row count. `progress` gets each line as
+/// it is measured.
+///
+/// # Errors
+/// What a backend says when it does not take the weights or fails.
 pub fn bench(
-    kernels: &dyn Kernels,
+    contenders: &[Contender],
     config: &BenchConfig,
     progress: &mut dyn FnMut(&BenchLine),
 ) -> Result<BenchReport, KernelError> {
     let mut reads = Vec::new();
     let mut results = Vec::new();
-    for &format in &config.formats {
-        let arena = Arena::new(format, (config.hidden, config.inter), config.arena_bytes);
-        let mut runner = Runner::new(kernels, &arena)?;
-        let read = || median(&mut [(); 3].map(|()| read_gb_s(&arena.bytes, config.threads)));
-        let mut before = read();
-        reads.push(before);
+    let shape = (config.hidden, config.inter);
+    for (index, &format) in config.formats.iter().enumerate() {
+        let arena = Arena::new(format, format.expert_bytes(shape.0, shape.1), config.arena_bytes);
+        let mut entries = Vec::new();
+        for contender in contenders {
+            let (subject, format): (Box<dyn Subject>, Format) = match contender {
+                Contender::Backend(kernels) => {
+                    (Box::new(ExpertRunner::new(&**kernels, &arena, shape)?), format)
+                }
+                Contender::Plain { .. } if index > 0 => continue,
+                Contender::Plain { make, .. } => (make(shape, config.arena_bytes)?, Format::Bf16),
+            };
+            entries.push(Entry { contender, format, subject, seconds: Vec::new(), reads: Vec::new() });
+        }
         for &rows in &config.rows {
-            runner.set_rows(rows)?;
-            runner.step()?;
-            let mut samples = Vec::new();
-            let start = Instant::now();
-            // Slow backends (scalar code) get fewer samples: their noise is small beside their time.
-            while samples.len() < config.samples && (samples.len() < 3 || start.elapsed() < SAMPLE * 100) {
-                samples.push(runner.sample(SAMPLE)?);
+            rounds(&mut entries, &arena, rows, config)?;
+            for entry in &mut entries {
+                reads.extend(&entry.reads);
+                let line = line(entry, config, rows);
+                progress(&line);
+                results.push(line);
             }
-            let after = read();
-            reads.push(after);
-            let line = line(kernels, config, (format, rows), (median(&mut samples), (before + after) / 2.0));
-            progress(&line);
-            results.push(line);
-            before = after;
         }
     }
     Ok(BenchReport { read_gb_s: median(&mut reads), results })
 }
 
-fn line(
-    kernels: &dyn Kernels,
+/// Takes the samples of all entries at one row count.
+fn rounds(
+    entries: &mut [Entry<'_>],
+    arena: &Arena,
+    rows: usize,
     config: &BenchConfig,
-    (format, rows): (Format, usize),
-    (seconds, read_gb_s): (f64, f64),
-) -> BenchLine {
-    let weight_gb_s = format.expert_bytes(config.hidden, config.inter) as f64 / seconds / 1e9;
-    BenchLine {
-        backend: kernels.name().to_owned(),
-        isa: kernels.isa(),
-        format,
-        rows,
-        weight_gb_s,
-        gflops: 6.0 * (config.hidden * config.inter * rows) as f64 / seconds / 1e9,
-        read_gb_s,
-        ratio: weight_gb_s / read_gb_s,
+) -> Result<(), KernelError> {
+    for entry in &mut *entries {
+        entry.subject.set_rows(rows)?;
+        entry.subject.step()?;
+        (entry.seconds, entry.reads) = (Vec::new(), Vec::new());
     }
+    let start = Instant::now();
+    let mut before = read_gb_s(&arena.bytes, config.threads);
+    for round in 0..config.rounds {
+        if round >= ROUNDS_MIN && start.elapsed() > LINE_TIME {
+            break;
+        }
+        for entry in &mut *entries {
+            entry.seconds.push(sample(&mut *entry.subject, SAMPLE)?);
+            let after = read_gb_s(&arena.bytes, config.threads);
+            entry.reads.push(f64::midpoint(before, after));
+            before = after;
+        }
+    }
+    Ok(())
 }
 
-/// Speed at the row counts of `ROWS`, in at most about `AUTOTABLE_BUDGET`. Where the time is up (slow machines,
-/// many rows) the rest is extrapolated as limited by arithmetic: the same operations per second as the last
-/// measured count.
-pub fn autotable(
-    kernels: &dyn Kernels,
-    shape: (usize, usize),
-    format: Format,
-) -> Result<[RowSpeed; ROWS.len()], KernelError> {
-    let start = Instant::now();
-    let arena = Arena::new(format, shape, AUTOTABLE_BYTES);
-    let mut runner = Runner::new(kernels, &arena)?;
-    let bytes = format.expert_bytes(shape.0, shape.1) as f64;
-    let mut table = [RowSpeed { rows: 0, weight_gb_s: 0.0 }; ROWS.len()];
-    let mut per_row = 0.0;
-    for (index, &rows) in ROWS.iter().enumerate() {
-        let left = AUTOTABLE_BUDGET.saturating_sub(start.elapsed()).as_secs_f64();
-        let predicted = per_row * rows as f64;
-        let seconds = if index > 0 && 2.0 * predicted > left {
-            predicted
-        } else {
-            runner.set_rows(rows)?;
-            runner.step()?;
-            let share = Duration::from_secs_f64(left / (2 * (ROWS.len() - index)) as f64);
-            let (begin, mut steps) = (Instant::now(), Vec::new());
-            while steps.is_empty() || begin.elapsed() < share {
-                steps.push(runner.step()?.as_secs_f64());
-            }
-            median(&mut steps)
-        };
-        per_row = seconds / rows as f64;
-        table[index] = RowSpeed { rows, weight_gb_s: bytes / seconds / 1e9 };
+fn line(entry: &mut Entry<'_>, config: &BenchConfig, rows: usize) -> BenchLine {
+    let (backend, isa) = entry.contender.names();
+    let bytes = entry.format.expert_bytes(config.hidden, config.inter) as f64;
+    let mut ratios: Vec<f64> =
+        entry.seconds.iter().zip(&entry.reads).map(|(seconds, read)| bytes / seconds / 1e9 / read).collect();
+    let seconds = median(&mut entry.seconds.clone());
+    BenchLine {
+        backend,
+        isa,
+        format: entry.format,
+        rows,
+        weight_gb_s: bytes / seconds / 1e9,
+        gflops: 6.0 * (config.hidden * config.inter * rows) as f64 / seconds / 1e9,
+        read_gb_s: median(&mut entry.reads.clone()),
+        ratio: median(&mut ratios),
+        seconds: std::mem::take(&mut entry.seconds),
     }
-    Ok(table)
 }
 
 /// Bytes that `read_bandwidth_gb_s` reads: several times the last-level cache.
@@ -330,33 +290,61 @@ mod tests {
     use super::*;
     use crate::kernel::native::{Native, NativeConfig};
 
-    #[test]
-    fn a_report_has_every_line_and_consistent_figures() {
-        let native = Native::new(NativeConfig::threads(1)).unwrap();
-        let config = BenchConfig {
+    struct Fixed(Duration);
+
+    impl Subject for Fixed {
+        fn set_rows(&mut self, _: usize) -> Result<(), KernelError> {
+            Ok(())
+        }
+
+        fn step(&mut self) -> Result<Duration, KernelError> {
+            Ok(self.0)
+        }
+    }
+
+    fn config() -> BenchConfig {
+        BenchConfig {
             hidden: 64,
             inter: 64,
             rows: vec![1, 3],
             arena_bytes: 1 << 20,
-            samples: 1,
+            rounds: 2,
             ..BenchConfig::default()
-        };
-        let mut seen = 0;
-        let report = bench(&native, &config, &mut |_| seen += 1).unwrap();
-        assert_eq!((report.results.len(), seen), (6, 6));
-        for line in &report.results {
-            let operations = 6.0 * (64 * 64 * line.rows) as f64;
-            let bytes = line.format.expert_bytes(64, 64) as f64;
-            assert!((line.gflops / line.weight_gb_s - operations / bytes).abs() < 1e-6 * operations / bytes);
-            assert!((line.ratio - line.weight_gb_s / line.read_gb_s).abs() < 1e-9);
         }
     }
 
     #[test]
-    fn the_quick_table_covers_all_row_counts() {
-        let native = Native::new(NativeConfig::threads(1)).unwrap();
-        let table = autotable(&native, (96, 64), Format::Q4).unwrap();
-        assert_eq!(table.map(|speed| speed.rows), ROWS);
-        assert!(table.iter().all(|speed| speed.weight_gb_s > 0.0 && speed.weight_gb_s.is_finite()));
+    fn a_report_has_every_line_and_consistent_figures() {
+        let native = Arc::new(Native::new(NativeConfig::threads(1)).unwrap());
+        let make: MakeSubject = Box::new(|_, _| Ok(Box::new(Fixed(Duration::from_millis(40)))));
+        let contenders =
+            [Contender::Backend(native), Contender::Plain { name: "forty milliseconds".to_owned(), make }];
+        let mut seen = 0;
+        let report = bench(&contenders, &config(), &mut |_| seen += 1).unwrap();
+        // Three formats of two row counts, and the yardstick beside the first format.
+        assert_eq!((report.results.len(), seen), (8, 8));
+        for line in &report.results {
+            let operations = 6.0 * (64 * 64 * line.rows) as f64;
+            let bytes = line.format.expert_bytes(64, 64) as f64;
+            assert!((line.gflops / line.weight_gb_s - operations / bytes).abs() < 1e-6 * operations / bytes);
+            assert_eq!(line.seconds.len(), 2);
+        }
+        for pair in report.results[..4].chunks_exact(2) {
+            assert_eq!((pair[0].rows, pair[1].format), (pair[1].rows, Format::Bf16));
+            assert_eq!(pair[1].seconds, [0.04; 2]);
+            let operations = 6.0 * (64 * 64 * pair[1].rows) as f64;
+            assert!((pair[1].gflops - operations / 0.04e9).abs() < 1e-9 * operations);
+            let speedup = BenchReport::speedup(&pair[0], &pair[1]).unwrap();
+            let mut by_hand: Vec<f64> = pair[0].seconds.iter().map(|s| 0.04 / s).collect();
+            assert!((speedup - median(&mut by_hand)).abs() < 1e-9 * speedup);
+        }
+        assert_eq!(BenchReport::speedup(&report.results[0], &report.results[2]), None, "other row counts");
+    }
+
+    #[test]
+    fn the_median_is_not_moved_by_one_of_three() {
+        assert_eq!(median(&mut [3.0, 1000.0, 1.0]), 3.0);
+        assert_eq!(median(&mut [1.0, 2.0]), 1.5);
+        assert_eq!(median(&mut []), 0.0);
     }
 }
