@@ -290,7 +290,7 @@ fn backends() -> Vec<Native> {
         all.extend([native(isa, 1), native(isa, 2), native(isa, 3)]);
     }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    all.extend((1..=3).filter_map(|threads| amx::amx_from(1, threads)));
+    all.extend([1, 2].into_iter().filter_map(|threads| amx::amx_from(1, threads)));
     all
 }
 

@@ -2,10 +2,10 @@
 //!
 //! Idea: there each tile instruction raises SIGILL; a signal handler decodes the bytes it points at, does what
 //! Intel's manual (volume 2, "Intel AMX instruction set reference") says, with one unit per thread, and goes on
-//! behind the instruction. It knows exactly the instructions of `amx` and `amx_tiles`; any other takes the default
+//! behind the instruction, and any that follow directly. It knows exactly the instructions of `amx` and `amx_tiles`; any other takes the default
 //! action, death. What the manual calls a fault (an unconfigured tile, shapes that do not fit, a configuration with
-//! reserved bits) ends the process with its name: the real unit would do no less. Price: about a microsecond per
-//! instruction. It says nothing about time, and nothing about whether Linux grants the unit.
+//! reserved bits) ends the process with its name: the real unit would do no less. Price: a few microseconds per
+//! signal. It says nothing about time, and nothing about whether Linux grants the unit.
 
 #![allow(
     unsafe_code,
@@ -305,17 +305,28 @@ extern "C" fn on_illegal_instruction(_: libc::c_int, _: *mut libc::siginfo_t, co
     for (register, at) in registers.iter_mut().zip(FRAME) {
         *register = frame[at as usize] as u64;
     }
-    let at = frame[libc::REG_RIP as usize];
-    // SAFETY: the processor was about to run what lies there; nothing in the handler raises the signal again.
-    let done = UNIT.with(|unit| unsafe { (*unit.get()).step(at as *const u8, &registers) });
-    match done {
-        Ok(len) => frame[libc::REG_RIP as usize] = at + len as i64,
-        Err(Unknown) => {
+    let start = frame[libc::REG_RIP as usize];
+    let mut at = start;
+    // Tile instructions come in runs: one signal serves a whole run, whose registers do not change.
+    let stop = UNIT.with(|unit| {
+        loop {
+            // SAFETY: the processor was about to run what lies at `start`, and then what lies behind it; nothing in
+            // the handler raises the signal again.
+            match unsafe { (*unit.get()).step(at as *const u8, &registers) } {
+                Ok(len) => at += len as i64,
+                Err(stop) => break stop,
+            }
+        }
+    });
+    frame[libc::REG_RIP as usize] = at;
+    match stop {
+        Unknown if at > start => (),
+        Unknown => {
             // Back to the instruction, this time to die of it.
             // SAFETY: changes the action of one signal.
             unsafe { libc::signal(libc::SIGILL, libc::SIG_DFL) };
         }
-        Err(Fault(what)) => {
+        Fault(what) => {
             // SAFETY: writes bytes that exist, then ends the process: both may be done in a handler.
             unsafe {
                 libc::write(2, what.as_ptr().cast(), what.len());
