@@ -248,10 +248,10 @@ unsafe fn meet<const BYTES: usize>(
         && !chunk.first
     {
         let out = &out[rows.clone()];
-        // SAFETY: 16 floats are readable.
         each_row!(r, {
             if r < out.len() {
-                acc[r] = unsafe { _mm512_loadu_ps(out[r].as_ptr()) }
+                // SAFETY: 16 floats are readable.
+                acc[r] = unsafe { _mm512_loadu_ps(out[r].as_ptr()) };
             }
         });
     }
@@ -284,10 +284,10 @@ unsafe fn meet<const BYTES: usize>(
     }
     if let Results::Products(out) = results {
         let out = &mut out[rows];
-        // SAFETY: 16 floats are writable.
         each_row!(r, {
             if r < out.len() {
-                unsafe { _mm512_storeu_ps(out[r].as_mut_ptr(), acc[r]) }
+                // SAFETY: 16 floats are writable.
+                unsafe { _mm512_storeu_ps(out[r].as_mut_ptr(), acc[r]) };
             }
         });
     }

@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code, reason = "tile instructions, real and emulated")]
 
-use super::amx_emulator::{self, Trap, Unit};
+use super::amx_emulator::{self, Done, Trap, Unit};
 use super::experts::ExpertCase;
 use super::*;
 use crate::kernel::native::isa::Table;
@@ -65,13 +65,21 @@ fn tiles_are_used_from_the_crossover_on_and_only_for_integers() {
         let matrix = Logical::random(&mut rng, format, (40, 70), false);
         for rows in [1usize, 31, 32, 33, 64] {
             let xs: Vec<_> = (0..rows).map(|_| activation(&mut rng, 70, false)).collect();
-            let before = amx_emulator::multiplications();
-            product(&amx, &matrix, &xs);
-            let used = amx_emulator::multiplications() - before;
-            // One per tile of rows, block of outputs and group of inputs.
-            let expected = rows.div_ceil(16) * 3 * 3;
-            let tiles = rows >= 32 && format.is_quantized() && !Isa::Amx.available();
-            assert_eq!(used, if tiles { expected as u64 } else { 0 }, "{rows} rows in {format}");
+            let done = amx_emulator::done_by(|| drop(product(&amx, &matrix, &xs)));
+            if rows < 32 || !format.is_quantized() || Isa::Amx.available() {
+                assert_eq!(
+                    done,
+                    Done { multiplications: 0, loaded: 0, stored: 0 },
+                    "{rows} rows in {format}"
+                );
+                continue;
+            }
+            // Per block of outputs and group of inputs: 32 bytes and 16 sums of every row and no more (a short
+            // tile reads and writes nothing behind it), and the weights once for each tile.
+            let (cells, tiles) = (3 * 3 * rows, 3 * 3 * rows.div_ceil(16));
+            let expected =
+                Done { multiplications: tiles, loaded: cells * 32 + tiles * 512, stored: cells * 64 };
+            assert_eq!(done, expected, "{rows} rows in {format}");
         }
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! Idea: there each tile instruction raises SIGILL; a signal handler decodes the bytes it points at, does what
 //! Intel's manual (volume 2, "Intel AMX instruction set reference") says, with one unit per thread, and goes on
-//! behind the instruction, and any that follow directly. It knows exactly the instructions of `amx` and `amx_tiles`; any other takes the default
-//! action, death. What the manual calls a fault (an unconfigured tile, shapes that do not fit, a configuration with
-//! reserved bits) ends the process with its name: the real unit would do no less. Price: a few microseconds per
-//! signal. It says nothing about time, and nothing about whether Linux grants the unit.
+//! behind the instruction and any that follow directly. It knows exactly the instructions of `amx` and `amx_tiles`;
+//! any other takes the default action, death. What the manual calls a fault (an unconfigured tile, shapes that do not
+//! fit, a configuration with reserved bits) ends the process with its name: the real unit would do no less. Price:
+//! a few microseconds per signal. It says nothing about time, nor about whether Linux grants the unit.
 
 #![allow(
     unsafe_code,
@@ -23,12 +23,35 @@ const TILES: usize = 8;
 
 thread_local! {
     static UNIT: UnsafeCell<Unit> = const { UnsafeCell::new(Unit::new()) };
-    static MULTIPLICATIONS: Cell<u64> = const { Cell::new(0) };
+    static DONE: Cell<Done> = const { Cell::new(Done { multiplications: 0, loaded: 0, stored: 0 }) };
 }
 
-/// Tile multiplications emulated so far in this thread.
-pub(super) fn multiplications() -> u64 {
-    MULTIPLICATIONS.get()
+/// What the units of a thread have done so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Done {
+    pub(super) multiplications: usize,
+    /// Bytes loaded into tiles and stored from them.
+    pub(super) loaded: usize,
+    pub(super) stored: usize,
+}
+
+/// What was emulated while `job` ran, in this thread.
+pub(super) fn done_by(job: impl FnOnce()) -> Done {
+    let before = DONE.get();
+    job();
+    let after = DONE.get();
+    Done {
+        multiplications: after.multiplications - before.multiplications,
+        loaded: after.loaded - before.loaded,
+        stored: after.stored - before.stored,
+    }
+}
+
+/// Counts in a `Done`.
+fn count(change: impl FnOnce(&mut Done)) {
+    let mut done = DONE.get();
+    change(&mut done);
+    DONE.set(done);
 }
 
 /// Whether the emulated unit of this thread is configured.
@@ -152,26 +175,31 @@ impl Unit {
     /// # Safety
     /// `at` must point at an instruction, whose memory operands must be valid for it.
     pub(super) unsafe fn step(&mut self, at: *const u8, registers: &Registers) -> Result<usize, Trap> {
-        // SAFETY: by the contract, here and below.
+        // SAFETY: by the contract of this function.
         let i = unsafe { decode(at, registers)? };
         match (i.opcode, i.prefix, &i.operand) {
-            (0x49, 0, Operand::Memory(address, _)) if i.reg == 0 => unsafe { self.configure(*address)? },
+            (0x49, 0, Operand::Memory(address, _)) if i.reg == 0 => {
+                // SAFETY: as above.
+                unsafe { self.configure(*address)? }
+            }
             (0x49, 0, Operand::Register(0)) if i.reg == 0 => *self = Unit::new(),
             (0x49, 3, Operand::Register(0)) => {
                 self.shape(i.reg)?;
                 self.tiles[i.reg] = [[0; ROW]; ROWS];
             }
-            (0x4b, 3, Operand::Memory(address, Some(stride))) => unsafe {
-                self.load(i.reg, *address, *stride)?
-            },
-            (0x4b, 2, Operand::Memory(address, Some(stride))) => unsafe {
-                self.store(i.reg, *address, *stride)?
-            },
+            (0x4b, 3, Operand::Memory(address, Some(stride))) => {
+                // SAFETY: as above.
+                unsafe { self.load(i.reg, *address, *stride)? }
+            }
+            (0x4b, 2, Operand::Memory(address, Some(stride))) => {
+                // SAFETY: as above.
+                unsafe { self.store(i.reg, *address, *stride)? }
+            }
             // tdpbssd, tdpbsud, tdpbusd, tdpbuud: which of the sources has signed bytes.
             (0x5e, prefix, Operand::Register(rm)) => {
                 let signed = [(false, false), (false, true), (true, false), (true, true)];
                 self.multiply(i.reg, (*rm, i.vvvv), signed[usize::from(prefix)])?;
-                MULTIPLICATIONS.set(MULTIPLICATIONS.get() + 1);
+                count(|done| done.multiplications += 1);
             }
             _ => return Err(Unknown),
         }
@@ -211,6 +239,7 @@ impl Unit {
     unsafe fn load(&mut self, tile: usize, address: u64, stride: u64) -> Result<(), Trap> {
         let (rows, bytes) = self.shape(tile)?;
         self.tiles[tile] = [[0; ROW]; ROWS];
+        count(|done| done.loaded += rows * bytes);
         for row in 0..rows {
             let from = address.wrapping_add(stride.wrapping_mul(row as u64)) as *const u8;
             // SAFETY: by the contract of `step`.
@@ -221,6 +250,7 @@ impl Unit {
 
     unsafe fn store(&self, tile: usize, address: u64, stride: u64) -> Result<(), Trap> {
         let (rows, bytes) = self.shape(tile)?;
+        count(|done| done.stored += rows * bytes);
         for row in 0..rows {
             let to = address.wrapping_add(stride.wrapping_mul(row as u64)) as *mut u8;
             // SAFETY: by the contract of `step`.
