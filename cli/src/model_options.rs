@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use model::format::Format;
 use model::kernel::Kernels;
 use model::kernel::bench::autotable;
-use model::kernel::native::{DEFAULT_SPIN, Native, NativeConfig};
+use model::kernel::native::{DEFAULT_SPIN, Isa, Native, NativeConfig};
 use model::open::Model;
 
 use crate::output::Progress;
@@ -86,6 +86,8 @@ impl ModelOptions {
 
     /// Opens the model, packing it first if need be, with progress on standard error.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<Model>> {
+        // Before minutes of packing: a setting that this machine cannot meet.
+        Isa::chosen().map_err(anyhow::Error::msg)?;
         let mut progress = Progress::new();
         let mut show = |done, total, what: &str| {
             // A tensor's name alone does not say what happens to it.

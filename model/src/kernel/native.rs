@@ -54,7 +54,6 @@ pub(crate) mod tests;
 mod tiles;
 mod weights;
 
-use std::env::VarError;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -109,14 +108,7 @@ pub struct Native {
 impl Native {
     /// Starts the threads and chooses the instruction set. An error names the setting and the remedy.
     pub fn new(config: NativeConfig) -> Result<Native, KernelError> {
-        let isa = match config.isa {
-            Some(isa) => isa,
-            None => match std::env::var(ISA_VARIABLE) {
-                Ok(name) => name.parse().map_err(refused)?,
-                Err(VarError::NotPresent) => Isa::best(),
-                Err(VarError::NotUnicode(name)) => name.to_string_lossy().parse().map_err(refused)?,
-            },
-        };
+        let isa = config.isa.map_or_else(Isa::chosen, Ok).map_err(refused)?;
         Native::with_table(&config, Table::new(isa).map_err(refused)?)
     }
 

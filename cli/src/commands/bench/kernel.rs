@@ -7,7 +7,7 @@ use clap::Args;
 use model::format::Format;
 use model::kernel::Kernels;
 use model::kernel::bench::{BenchConfig, BenchLine, BenchReport, bench};
-use model::kernel::native::{DEFAULT_SPIN, Isa, Native, NativeConfig};
+use model::kernel::native::{DEFAULT_SPIN, ISA_VARIABLE, Isa, Native, NativeConfig};
 
 use crate::output;
 
@@ -23,7 +23,8 @@ pub(crate) struct Options {
     /// Rows per expert to measure
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,64,256")]
     rows: Vec<usize>,
-    /// Instruction sets of the native kernels [default: all this machine has but scalar]
+    /// Instruction sets of the native kernels [default: that of MOEMESH_ISA, else all this machine has
+    /// but scalar]
     #[arg(long, value_delimiter = ',')]
     isa: Vec<Isa>,
     /// Leave libtorch out
@@ -74,6 +75,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 
 fn backends(options: &Options) -> anyhow::Result<Vec<Arc<dyn Kernels>>> {
     let mut isas = options.isa.clone();
+    if isas.is_empty() && std::env::var_os(ISA_VARIABLE).is_some() {
+        isas.push(Isa::chosen().map_err(anyhow::Error::msg)?);
+    }
     if isas.is_empty() {
         isas = Isa::available_here().filter(|isa| *isa != Isa::Scalar).collect();
         if isas.is_empty() {

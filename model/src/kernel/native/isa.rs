@@ -6,6 +6,7 @@
 //! an error with the list of those it has. AMX takes calls of many rows only and leaves the others to AVX-512.
 #![allow(unsafe_code, reason = "calls through the table, made safe by detection when the table is chosen")]
 
+use std::env::VarError;
 use std::str::FromStr;
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
@@ -14,9 +15,9 @@ use super::block::{Added, Block, GateUp, Outputs, Terms};
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 use super::tiles::{GroupSlots, View};
+use super::{ISA_VARIABLE, elementwise, scalar};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, amx_tiles, avx2, avx2_bf16, avx512, avx512_bf16, crossover};
-use super::{elementwise, scalar};
 use crate::format::Format;
 
 /// An instruction set with its own kernels.
@@ -90,6 +91,16 @@ impl Isa {
         Isa::available_here().last().unwrap_or(Isa::Scalar)
     }
 
+    /// The one that `MOEMESH_ISA` names, else the fastest this machine has. An unknown or lacking one is refused with
+    /// the choices.
+    pub fn chosen() -> Result<Isa, String> {
+        match std::env::var(ISA_VARIABLE) {
+            Ok(name) => name.parse::<Isa>()?.checked(),
+            Err(VarError::NotPresent) => Ok(Isa::best()),
+            Err(VarError::NotUnicode(name)) => name.to_string_lossy().parse::<Isa>()?.checked(),
+        }
+    }
+
     /// This one if the machine has it, else a message with the choices.
     pub fn checked(self) -> Result<Isa, String> {
         if self.available() {
@@ -97,7 +108,7 @@ impl Isa {
         }
         let here: Vec<&str> = Isa::available_here().map(Isa::name).collect();
         Err(format!(
-            "this machine has no {}: unset MOEMESH_ISA or set it to one of {}",
+            "this machine has no {}: leave MOEMESH_ISA unset or choose one of {}",
             self.name(),
             here.join(", ")
         ))
@@ -112,7 +123,7 @@ impl FromStr for Isa {
         Isa::ALL
             .into_iter()
             .find(|isa| isa.name() == text)
-            .ok_or_else(|| format!("unknown instruction set '{text}' in MOEMESH_ISA: use one of {known}"))
+            .ok_or_else(|| format!("unknown instruction set '{text}': MOEMESH_ISA takes {known}"))
     }
 }
 
