@@ -283,14 +283,15 @@ fn native(isa: Isa, threads: usize) -> Native {
         .unwrap()
 }
 
-/// Every instruction set with one thread, and the SIMD ones with two and three; AMX tiles for every number of rows.
+/// Every instruction set with one thread, and the SIMD ones with two and three; AMX tiles for every number of rows
+/// and from half a tile on.
 fn backends() -> Vec<Native> {
     let mut all = vec![native(Isa::Scalar, 1)];
     for isa in Isa::available_here().skip(1) {
         all.extend([native(isa, 1), native(isa, 2), native(isa, 3)]);
     }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    all.extend([1, 2].into_iter().filter_map(|threads| amx::amx_from(1, threads)));
+    all.extend([amx::amx_from(9, 1), amx::amx_from(1, 2)].into_iter().flatten());
     all
 }
 
