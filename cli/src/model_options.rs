@@ -13,7 +13,7 @@ use model::kernel::Kernels;
 use model::kernel::fastest::{Fastest, Workload};
 #[cfg(feature = "torch")]
 use model::kernel::libtorch::{Libtorch, LibtorchConfig, Route};
-use model::kernel::native::{DEFAULT_SPIN, Native, NativeConfig};
+use model::kernel::native::{DEFAULT_SPIN, Isa, Native, NativeConfig};
 use model::open::Model;
 
 use crate::output::Progress;
@@ -110,6 +110,8 @@ impl ModelOptions {
 
     /// Opens the model, packing it first if need be, with progress on standard error.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<Model>> {
+        // Before minutes of packing: a setting that this machine cannot meet.
+        Isa::chosen().map_err(anyhow::Error::msg)?;
         let mut progress = Progress::new();
         let mut show = |done, total, what: &str| {
             // A tensor's name alone does not say what happens to it.

@@ -199,9 +199,28 @@ fn models_that_do_not_exist_are_refused_with_a_remedy() {
 }
 
 #[test]
-fn an_unknown_instruction_set_is_refused() {
-    let refused = moemesh_with(&["reference", "--max-tokens", "2"], &[("MOEMESH_ISA", "bogus")]);
-    refused.refused(&["'bogus'", "MOEMESH_ISA", "scalar"]);
+fn an_instruction_set_that_is_unknown_or_lacking_is_refused_by_every_process() {
+    let folder = folder();
+    let file = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    assert_eq!(moemesh(&["roster", "--out", &file(""), "--nodes", "1"]).code, Some(0));
+    let (roster, router, node) = (file("roster.toml"), file("router.key"), file("node-1.key"));
+    let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--wait", "1", "--stop-with-parent"];
+    let commands = [
+        &["reference", "--max-tokens", "2"][..],
+        &["demo", "--nodes", "1"],
+        &["bench", "kernel", "--rows", "1", "--no-libtorch"],
+        &["bench", "decode"],
+        &["node", "--roster", &roster, "--key", &node, "--router", "127.0.0.1:1", "--stop-with-parent"],
+        &[&["router", "--roster", &roster, "--key", &router], &ports[..]].concat(),
+    ];
+    // No machine has the instructions of both families.
+    let lacking = if cfg!(target_arch = "x86_64") { "neon" } else { "avx512" };
+    for command in commands {
+        let refused = |isa| moemesh_with(command, &[("MOEMESH_ISA", isa)]);
+        refused("bogus").refused(&["'bogus'", "MOEMESH_ISA", "scalar, neon, avx2, avx512, amx"]);
+        refused(lacking).refused(&["this machine has no", lacking, "MOEMESH_ISA", "scalar"]);
+    }
+    moemesh(&["bench", "kernel", "--isa", lacking]).refused(&["this machine has no", lacking, "scalar"]);
 }
 
 #[test]

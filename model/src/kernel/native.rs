@@ -7,9 +7,9 @@
 //!
 //! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
 //! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
-//! `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `columns`,
-//! `block`, `tiles` (what these take and give), `definition` (the bits). Beside them `ops` (row operations for the
-//! forward pass) and `stream` (how fast this machine reads).
+//! `neon`, `avx2`, `avx512` and their `_bf16`, `amx` with `amx_tiles` and `crossover` (products), `elementwise` (the
+//! rest, compiled per instruction set), `columns`, `block`, `tiles` (what these take and give), `definition` (the
+//! bits). Beside them `ops` (row operations for the forward pass) and `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -18,6 +18,10 @@
     reason = "index loops over arrays become vector code; iterator closures are compiled without target features"
 )]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_tiles;
 pub mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -29,6 +33,8 @@ mod avx512;
 mod avx512_bf16;
 mod block;
 mod columns;
+#[cfg(target_arch = "x86_64")]
+mod crossover;
 pub mod definition;
 mod elementwise;
 mod engine;
@@ -36,6 +42,8 @@ mod experts;
 mod isa;
 pub mod kv;
 mod linear;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod ops;
 mod plan;
 mod pool;
@@ -100,14 +108,11 @@ pub struct Native {
 impl Native {
     /// Starts the threads and chooses the instruction set. An error names the setting and the remedy.
     pub fn new(config: NativeConfig) -> Result<Native, KernelError> {
-        let isa = match config.isa {
-            Some(isa) => isa,
-            None => match std::env::var(ISA_VARIABLE) {
-                Ok(name) => name.parse().map_err(refused)?,
-                Err(_) => Isa::best(),
-            },
-        };
-        let table = Table::new(isa).map_err(refused)?;
+        let isa = config.isa.map_or_else(Isa::chosen, Ok).map_err(refused)?;
+        Native::with_table(&config, Table::new(isa).map_err(refused)?)
+    }
+
+    fn with_table(config: &NativeConfig, table: Table) -> Result<Native, KernelError> {
         if config.threads == 0 || config.threads > MAX_THREADS {
             return Err(refused(format!("{} threads: give 1 to {MAX_THREADS}", config.threads)));
         }
@@ -116,8 +121,7 @@ impl Native {
         let mut space = Space::default();
         space.threads.resize_with(config.threads, || Mutex::new(ThreadSpace::new()));
         let engine = Arc::new(Engine { table, crew: Mutex::new(Crew { pool, space }) });
-        let ops = Ops::new(isa).map_err(refused)?;
-        Ok(Native { engine, ops, threads: config.threads })
+        Ok(Native { engine, ops: Ops::of(table.isa()), threads: config.threads })
     }
 
     /// Row operations with the same instruction set.

@@ -9,7 +9,7 @@ use model::format::{Format, GROUP};
 use model::kernel::Kernels;
 use model::kernel::bench::{BenchConfig, BenchLine, BenchReport, Contender, bench};
 use model::kernel::fastest::{Choices, Fastest, Workload};
-use model::kernel::native::{Isa, Native, NativeConfig};
+use model::kernel::native::{ISA_VARIABLE, Isa, Native, NativeConfig};
 #[cfg(feature = "torch")]
 use model::kernel::{bench::MakeSubject, libtorch::PlainMatmul};
 use serde::Serialize;
@@ -39,7 +39,8 @@ pub(crate) struct Options {
     /// Rows per expert to measure
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,64,256")]
     rows: Vec<usize>,
-    /// Instruction sets of the native kernels [default: all this machine has but scalar]
+    /// Instruction sets of the native kernels [default: that of MOEMESH_ISA, else all this machine has
+    /// but scalar]
     #[arg(long, value_delimiter = ',', value_parser = isa)]
     isa: Vec<Isa>,
     /// Leave libtorch out
@@ -118,7 +119,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         "{:<17} {:<9} {:<5} {:>5} {:>9} {:>9} {:>9} {:>6}",
         "backend", "isa", "fmt", "rows", "GB/s", "GFLOP/s", "read", "ratio"
     );
-    let best = Arc::new(native(options, isas(options).last().copied().unwrap_or_else(Isa::best))?);
+    let best = Arc::new(native(options, isas(options)?.last().copied().unwrap_or_else(Isa::best))?);
     let bench = bench(&contenders(options, &best)?, &config, &mut print)?;
     println!("memory reads {:.1} GB/s", bench.read_gb_s);
     let targets = targets(&bench, &best.isa());
@@ -152,8 +153,11 @@ fn check(options: &Options) -> anyhow::Result<()> {
 }
 
 /// The instruction sets to measure, slowest first.
-fn isas(options: &Options) -> Vec<Isa> {
+fn isas(options: &Options) -> anyhow::Result<Vec<Isa>> {
     let mut isas = options.isa.clone();
+    if isas.is_empty() && std::env::var_os(ISA_VARIABLE).is_some() {
+        isas.push(Isa::chosen().map_err(anyhow::Error::msg)?);
+    }
     if isas.is_empty() {
         isas = Isa::available_here().filter(|isa| *isa != Isa::Scalar).collect();
     }
@@ -162,7 +166,7 @@ fn isas(options: &Options) -> Vec<Isa> {
     }
     isas.sort();
     isas.dedup();
-    isas
+    Ok(isas)
 }
 
 fn native(options: &Options, isa: Isa) -> anyhow::Result<Native> {
@@ -171,7 +175,7 @@ fn native(options: &Options, isa: Isa) -> anyhow::Result<Native> {
 
 fn contenders(options: &Options, best: &Arc<Native>) -> anyhow::Result<Vec<Contender>> {
     let mut contenders = Vec::new();
-    for isa in isas(options) {
+    for isa in isas(options)? {
         let kernels: Arc<dyn Kernels> = if best.isa() == isa.name() {
             Arc::<Native>::clone(best)
         } else {

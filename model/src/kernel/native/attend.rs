@@ -197,7 +197,7 @@ fn block_step(isa: Isa) -> BlockStep {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => step_avx2,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => step_avx512,
+        Isa::Avx512 | Isa::Amx => step_avx512,
         _ => step_each,
     }
 }

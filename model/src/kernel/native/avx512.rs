@@ -79,7 +79,7 @@ fn unsigned_weights<const BYTES: usize>(group: &[u8; BYTES]) -> [__m512i; 8] {
 /// Line `j` of a group.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn line<const BYTES: usize>(group: &[u8; BYTES], j: usize) -> __m512i {
+pub(super) fn line<const BYTES: usize>(group: &[u8; BYTES], j: usize) -> __m512i {
     let bytes: &[u8] = &group[j * 64..][..64];
     // SAFETY: 64 bytes are readable; the load has no alignment demand.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
@@ -88,7 +88,7 @@ fn line<const BYTES: usize>(group: &[u8; BYTES], j: usize) -> __m512i {
 /// The 16 weight scales of a group.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn scales<const BYTES: usize>(group: &[u8; BYTES]) -> __m512 {
+pub(super) fn scales<const BYTES: usize>(group: &[u8; BYTES]) -> __m512 {
     let bytes: &[u8] = &group[BYTES - 2 * LANES..];
     // SAFETY: 32 bytes are readable; the load has no alignment demand.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
@@ -151,7 +151,13 @@ fn product_tile<const BYTES: usize, const R: usize>(
 /// Rounds and adds one block's results of one row.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_terms(y: __m512, weight: f32, scale: f32, sums: &mut Outputs<i32>, peaks: &mut Outputs<u32>) {
+pub(super) fn add_terms(
+    y: __m512,
+    weight: f32,
+    scale: f32,
+    sums: &mut Outputs<i32>,
+    peaks: &mut Outputs<u32>,
+) {
     let v = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(weight)), _mm512_set1_ps(scale));
     let magnitude = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(i32::MAX));
     let rounded = _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);

@@ -216,3 +216,5 @@ compiled_for!(
     crate::kernel::native::avx512::quantize_group,
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
+#[cfg(target_arch = "aarch64")]
+compiled_for!(neon, crate::kernel::native::neon::quantize_group, "neon,dotprod");

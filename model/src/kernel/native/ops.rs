@@ -8,6 +8,8 @@
 
 use super::elementwise::{self, RowFunctions};
 use super::isa::Isa;
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::activations::row_bytes;
@@ -52,13 +54,15 @@ impl Ops {
         isa.checked().map(Ops::of)
     }
 
-    /// `isa` is available.
-    fn of(isa: Isa) -> Ops {
+    /// `isa` is available (of AMX, its AVX-512 part).
+    pub(super) fn of(isa: Isa) -> Ops {
         let (rows, widen, narrow): (_, Widen, Narrow) = match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => (&elementwise::avx2::ROWS, avx2::widen_f16, avx2::narrow_f16),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => (&elementwise::avx512::ROWS, avx512::widen_f16, avx512::narrow_f16),
+            Isa::Avx512 | Isa::Amx => (&elementwise::avx512::ROWS, avx512::widen_f16, avx512::narrow_f16),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => (&elementwise::neon::ROWS, neon::widen_f16, neon::narrow_f16),
             _ => (&elementwise::scalar::ROWS, super::definition::widen_each, super::definition::narrow_each),
         };
         Ops { isa, rows, widen, narrow }
