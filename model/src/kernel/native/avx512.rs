@@ -162,7 +162,14 @@ macro_rules! add_group {
         let q8 = if BYTES == Format::Q8.group_bytes() { starts(offset) } else { [0; TILE] };
         let start = if BYTES == Format::Q8.group_bytes() { q8.as_ptr() } else { offset.as_ptr() };
         rows!(R, r, {
-            add_row!(w, sw, start.wrapping_add(r), q.as_ptr().wrapping_add(r), sx.as_ptr().wrapping_add(r), $acc[r]);
+            add_row!(
+                w,
+                sw,
+                start.wrapping_add(r),
+                q.as_ptr().wrapping_add(r),
+                sx.as_ptr().wrapping_add(r),
+                $acc[r]
+            );
         });
     };
 }
