@@ -152,24 +152,20 @@ macro_rules! add_row {
     };
 }
 
-/// Continues the accumulators of `R` rows with group `$g` of `$cells`. A macro, because LLVM leaves a function of this
-/// size where it is, and the accumulators would go through memory for every group.
+/// Continues the accumulators of `R` rows with group `$g` of `$cells`, and does `$then` with each row `$r` right after.
+/// A macro, because LLVM leaves a function of this size where it is, and the accumulators would go through memory for
+/// every group.
 macro_rules! add_group {
-    ($group:expr, $cells:ident, $g:expr, $acc:ident) => {
+    ($group:expr, $cells:ident, $g:expr, $acc:ident, $r:ident, $then:block) => {
         let group: &[u8; BYTES] = $group;
         let (w, sw) = (unsigned_weights(group), scales(group));
         let (q, sx, offset) = (&$cells.values[$g], &$cells.scales[$g], &$cells.offsets[$g]);
         let q8 = if BYTES == Format::Q8.group_bytes() { starts(offset) } else { [0; TILE] };
         let start = if BYTES == Format::Q8.group_bytes() { q8.as_ptr() } else { offset.as_ptr() };
-        rows!(R, r, {
-            add_row!(
-                w,
-                sw,
-                start.wrapping_add(r),
-                q.as_ptr().wrapping_add(r),
-                sx.as_ptr().wrapping_add(r),
-                $acc[r]
-            );
+        rows!(R, $r, {
+            let (q, sx) = (q.as_ptr().wrapping_add($r), sx.as_ptr().wrapping_add($r));
+            add_row!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+            $then
         });
     };
 }
@@ -185,7 +181,7 @@ fn product_tile<const BYTES: usize, const R: usize>(
     let mut acc = [_mm512_setzero_ps(); R];
     for g in 0..groups.len() {
         prefetch(&groups[g], ahead);
-        add_group!(&groups[g], cells, g, acc);
+        add_group!(&groups[g], cells, g, acc, r, {});
     }
     let out = &mut out[..R];
     rows!(R, r, {
@@ -225,11 +221,16 @@ fn combine_tile<const BYTES: usize, const R: usize>(
     for chunk in groups.chunks(COMBINE_GROUPS) {
         let part = cells.part(first, chunk.len());
         let mut acc = [_mm512_setzero_ps(); R];
-        for g in 0..chunk.len() {
-            prefetch(&chunk[g], ahead);
-            add_group!(&chunk[g], part, g, acc);
+        let Some((last, others)) = chunk.split_last() else { break };
+        for g in 0..others.len() {
+            prefetch(&others[g], ahead);
+            add_group!(&others[g], part, g, acc, r, {});
         }
-        rows!(R, r, { add_terms(acc[r], weights[r], terms.scale, &mut sums[r], &mut peaks[r]) });
+        prefetch(last, ahead);
+        // Rounding one row runs beside the products of the next.
+        add_group!(last, part, others.len(), acc, r, {
+            add_terms(acc[r], weights[r], terms.scale, &mut sums[r], &mut peaks[r]);
+        });
         first += chunk.len();
     }
 }
