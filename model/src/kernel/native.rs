@@ -51,6 +51,8 @@ mod scalar;
 pub mod stream;
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+mod tests_alloc;
 mod tiles;
 mod weights;
 
@@ -91,9 +93,13 @@ pub struct NativeConfig {
 }
 
 impl NativeConfig {
-    /// `threads` threads, everything else default.
+    /// `threads` threads, everything else default. Where the process has exactly as many cores to itself, each worker
+    /// keeps one: a thread that wakes on another's core waits for it. With fewer threads than cores the system places
+    /// them better than a guess, since other programs use those cores too.
     pub fn threads(threads: usize) -> NativeConfig {
-        NativeConfig { threads, isa: None, cores: Vec::new(), spin: DEFAULT_SPIN }
+        let cores = if threads > 1 { pool::allowed_cores() } else { Vec::new() };
+        let cores = if cores.len() == threads { cores } else { Vec::new() };
+        NativeConfig { threads, isa: None, cores, spin: DEFAULT_SPIN }
     }
 }
 

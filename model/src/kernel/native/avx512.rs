@@ -7,12 +7,13 @@
 //! accumulators go to the stack. Price: sixteen copies of each function, one per tile height.
 #![allow(unsafe_code, reason = "vector loads, stores and prefetch")]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::avx2::prefetch;
 use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
 use super::definition::{LANES, QUIET, QuantizedGroup};
-use super::tiles::{Quads, Tile, View};
+use super::tiles::{Quads, TILE, Tile, View};
 use crate::format::{Format, GROUP};
 
 /// Runs a block for each row index below `$n`, as literals.
@@ -94,43 +95,79 @@ pub(super) fn scales<const BYTES: usize>(group: &[u8; BYTES]) -> __m512 {
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) })
 }
 
-/// Continues the accumulators of `R` rows over `groups`.
+/// The start values of a group's dot products, which undo the offset of unsigned weights: -8 times the sum of the
+/// activations as stored (q4), 16 times that (q8).
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
-fn accumulate<const BYTES: usize, const R: usize>(
-    groups: &[[u8; BYTES]],
-    cells: Cells<'_, R>,
-    ahead: usize,
-    mut acc: [__m512; R],
-) -> [__m512; R] {
-    let cells = cells.part(0, groups.len());
-    for g in 0..groups.len() {
-        prefetch(&groups[g], ahead);
-        let w = unsigned_weights(&groups[g]);
-        let sw = scales(&groups[g]);
-        let (q, sx, offset) = (&cells.values[g], &cells.scales[g], &cells.offsets[g]);
-        rows!(R, r, {
-            let mut d = _mm512_set1_epi32(offset[r]);
-            if BYTES == Format::Q8.group_bytes() {
-                d = _mm512_slli_epi32::<4>(d);
-            }
-            if R < 4 {
-                let mut e = _mm512_setzero_si512();
-                for j in 0..4 {
-                    d = _mm512_dpbusd_epi32(d, w[j], _mm512_set1_epi32(q[r][j]));
-                    e = _mm512_dpbusd_epi32(e, w[j + 4], _mm512_set1_epi32(q[r][j + 4]));
-                }
-                d = _mm512_add_epi32(d, e);
-            } else {
-                for j in 0..8 {
-                    d = _mm512_dpbusd_epi32(d, w[j], _mm512_set1_epi32(q[r][j]));
-                }
-            }
-            let scale = _mm512_mul_ps(_mm512_set1_ps(sx[r]), sw);
-            acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), scale, acc[r]);
-        });
+#[target_feature(enable = "avx512f")]
+fn starts<const R: usize>(offsets: &[i32; R]) -> [i32; TILE] {
+    let mut starts = [0; TILE];
+    let mask = (u16::MAX) >> (TILE - R);
+    // SAFETY: the mask keeps the load to the `R` values; 16 are writable.
+    unsafe {
+        let scaled = _mm512_slli_epi32::<4>(_mm512_maskz_loadu_epi32(mask, offsets.as_ptr()));
+        _mm512_storeu_si512(starts.as_mut_ptr().cast(), scaled);
     }
-    acc
+    starts
+}
+
+/// Adds the dot products of one group and one row, scaled, to `acc`. One row after the other keeps few values alive:
+/// left to itself LLVM puts all rows of a quad together, spills accumulators, and separates the multiplications from
+/// the conversions that could run beside them.
+macro_rules! add_row {
+    ($w:ident, $sw:ident, $start:expr, $q:expr, $sx:expr, $acc:expr) => {
+        // SAFETY: reads the start value, the scale and the 32 bytes of one row, whose pointers come from references.
+        unsafe {
+            let (mut _dot, mut _scale): (__m512i, __m512);
+            asm!(
+                "vpbroadcastd {d}, dword ptr [{start}]",
+                "vpdpbusd {d}, {w0}, dword ptr [{q}]{{1to16}}",
+                "vpdpbusd {d}, {w1}, dword ptr [{q} + 4]{{1to16}}",
+                "vpdpbusd {d}, {w2}, dword ptr [{q} + 8]{{1to16}}",
+                "vpdpbusd {d}, {w3}, dword ptr [{q} + 12]{{1to16}}",
+                "vpdpbusd {d}, {w4}, dword ptr [{q} + 16]{{1to16}}",
+                "vpdpbusd {d}, {w5}, dword ptr [{q} + 20]{{1to16}}",
+                "vpdpbusd {d}, {w6}, dword ptr [{q} + 24]{{1to16}}",
+                "vpdpbusd {d}, {w7}, dword ptr [{q} + 28]{{1to16}}",
+                "vmulps {s}, {sw}, dword ptr [{sx}]{{1to16}}",
+                "vcvtdq2ps {d}, {d}",
+                "vfmadd231ps {acc}, {d}, {s}",
+                start = in(reg) $start,
+                q = in(reg) $q,
+                sx = in(reg) $sx,
+                w0 = in(zmm_reg) $w[0],
+                w1 = in(zmm_reg) $w[1],
+                w2 = in(zmm_reg) $w[2],
+                w3 = in(zmm_reg) $w[3],
+                w4 = in(zmm_reg) $w[4],
+                w5 = in(zmm_reg) $w[5],
+                w6 = in(zmm_reg) $w[6],
+                w7 = in(zmm_reg) $w[7],
+                sw = in(zmm_reg) $sw,
+                d = out(zmm_reg) _dot,
+                s = out(zmm_reg) _scale,
+                acc = inout(zmm_reg) $acc,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
+    };
+}
+
+/// Continues the accumulators of `R` rows with group `$g` of `$cells`, and does `$then` with each row `$r` right after.
+/// A macro, because LLVM leaves a function of this size where it is, and the accumulators would go through memory for
+/// every group.
+macro_rules! add_group {
+    ($group:expr, $cells:ident, $g:expr, $acc:ident, $r:ident, $then:block) => {
+        let group: &[u8; BYTES] = $group;
+        let (w, sw) = (unsigned_weights(group), scales(group));
+        let (q, sx, offset) = (&$cells.values[$g], &$cells.scales[$g], &$cells.offsets[$g]);
+        let q8 = if BYTES == Format::Q8.group_bytes() { starts(offset) } else { [0; TILE] };
+        let start = if BYTES == Format::Q8.group_bytes() { q8.as_ptr() } else { offset.as_ptr() };
+        rows!(R, $r, {
+            let (q, sx) = (q.as_ptr().wrapping_add($r), sx.as_ptr().wrapping_add($r));
+            add_row!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+            $then
+        });
+    };
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c,fma")]
@@ -140,7 +177,12 @@ fn product_tile<const BYTES: usize, const R: usize>(
     ahead: usize,
     out: &mut [Outputs<f32>],
 ) {
-    let acc = accumulate(groups, Cells::<R>::new(tile), ahead, [_mm512_setzero_ps(); R]);
+    let cells = Cells::<R>::new(tile).part(0, groups.len());
+    let mut acc = [_mm512_setzero_ps(); R];
+    for g in 0..groups.len() {
+        prefetch(&groups[g], ahead);
+        add_group!(&groups[g], cells, g, acc, r, {});
+    }
     let out = &mut out[..R];
     rows!(R, r, {
         // SAFETY: 16 floats are writable.
@@ -183,8 +225,18 @@ fn combine_tile<const BYTES: usize, const R: usize>(
     let peaks = &mut added.peaks[tile.first..][..R];
     let mut first = 0;
     for chunk in groups.chunks(COMBINE_GROUPS) {
-        let acc = accumulate(chunk, cells.part(first, chunk.len()), ahead, [_mm512_setzero_ps(); R]);
-        rows!(R, r, { add_terms(acc[r], weights[r], terms.scale, &mut sums[r], &mut peaks[r]) });
+        let part = cells.part(first, chunk.len());
+        let mut acc = [_mm512_setzero_ps(); R];
+        let Some((last, others)) = chunk.split_last() else { break };
+        for g in 0..others.len() {
+            prefetch(&others[g], ahead);
+            add_group!(&others[g], part, g, acc, r, {});
+        }
+        prefetch(last, ahead);
+        // Rounding one row runs beside the products of the next.
+        add_group!(last, part, others.len(), acc, r, {
+            add_terms(acc[r], weights[r], terms.scale, &mut sums[r], &mut peaks[r]);
+        });
         first += chunk.len();
     }
 }

@@ -46,6 +46,8 @@ pub(super) struct ThreadSpace {
     /// Gate and up products of two row blocks: `[SEGMENT_ROWS][16]` each.
     pub(super) products: [Vec<Outputs<f32>>; 4],
     pub(super) sums: Vec<Outputs<i32>>,
+    /// Sums over all experts of the thread's own output blocks: `[block][row of the batch]`.
+    pub(super) totals: Vec<Outputs<i32>>,
     pub(super) peaks: Vec<Outputs<u32>>,
     /// Largest addend per row of the batch, as f32 bits.
     pub(super) row_peaks: Vec<u32>,
@@ -56,6 +58,7 @@ impl ThreadSpace {
         ThreadSpace {
             products: std::array::from_fn(|_| vec![[0.0; 16]; SEGMENT_ROWS]),
             sums: vec![[0; 16]; SEGMENT_ROWS],
+            totals: Vec::new(),
             peaks: vec![[0; 16]; SEGMENT_ROWS],
             row_peaks: Vec::new(),
         }

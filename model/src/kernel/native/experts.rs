@@ -10,16 +10,17 @@
 //! `run_wide` computes it in i64.
 #![allow(unsafe_code, reason = "threads write disjoint groups and columns")]
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::block::{Added, GateUp, Terms};
-use super::columns::Columns;
+use super::columns::{Columns, copy_blocks};
 use super::definition::LANES;
 use super::engine::{Crew, Engine, Space, ThreadSpace, forged_row, lock, on_rows, part};
 use super::plan::{Plan, Segment};
 use super::pool::Pool;
 use super::scalar::combine_wide;
-use super::tiles::{Tiles, TilesWriter};
+use super::tiles::{Tiles, TilesWriter, View};
 use super::weights::ExpertWeights;
 use crate::activations::Activations;
 use crate::format::{BLOCK_OUTPUTS, Format, GROUP, padded_inputs, padded_outputs};
@@ -29,6 +30,10 @@ use crate::packed::PackedExpert;
 
 /// Addends per sum in the wide combine: 2^11 of at most 2^52 stay inside i64.
 const MAX_WIDE_ADDENDS: usize = 1 << 11;
+
+/// Rows that move together from sums kept block by block to rows of the result: 256 bytes in a row are read, and as
+/// many lines written side by side as the ways of a first-level cache set can hold twice over.
+const COPIED_ROWS: usize = 4;
 
 /// The experts of a layer, loaded.
 #[derive(Debug)]
@@ -125,35 +130,68 @@ impl NativeExperts {
         }
     }
 
-    /// Phase two, the share of one thread: some output blocks of all segments.
-    fn down(&self, plan: &Plan, tiles: &Tiles, mine: std::ops::Range<usize>, to: DownPhase<'_>) {
+    /// Phase two, the share of one thread: some output blocks of all segments. Sums are kept block by block until all
+    /// experts are added: in the result, rows lie kilobytes apart and lines would chase each other out of the cache.
+    fn down(&self, plan: &Plan, tiles: &Tiles, mine: Range<usize>, to: DownPhase<'_>) {
         let DownPhase { slot, sums } = to;
+        let batch = plan.addends.len();
         slot.row_peaks.clear();
-        slot.row_peaks.resize(plan.addends.len(), 0);
+        slot.row_peaks.resize(batch, 0);
+        slot.totals.clear();
+        slot.totals.resize(mine.len() * batch, [0; LANES]);
         for segment in &plan.segments {
-            let Some(expert) = self.expert(segment.expert) else { return };
-            let view = tiles.view(segment.h);
-            let weights = &plan.weights[segment.first..][..view.rows];
-            let rows = &plan.rows[segment.first..][..view.rows];
-            slot.peaks[..view.rows].fill([0; LANES]);
-            for block in mine.clone() {
-                slot.sums[..view.rows].fill([0; LANES]);
-                let terms = Terms { weights, scale: self.scale };
-                let added = Added { sums: &mut slot.sums[..view.rows], peaks: &mut slot.peaks[..view.rows] };
-                self.engine.table.combine(expert.down(block, view.rows), view, terms, added);
-                for (row, addends) in rows.iter().zip(&slot.sums) {
-                    // SAFETY: this thread alone adds to this block of columns; the sums outlive the phase.
-                    let to = unsafe { sums.row(*row as usize, block) };
-                    for (to, addend) in to.iter_mut().zip(addends) {
-                        *to = to.wrapping_add(*addend);
-                    }
+            self.down_segment(plan, segment, tiles.view(segment.h), (mine.clone(), slot));
+        }
+        for first in (0..batch).step_by(COPIED_ROWS) {
+            let rows = first..batch.min(first + COPIED_ROWS);
+            for (block, totals) in mine.clone().zip(slot.totals.chunks_exact(batch)) {
+                for row in rows.clone() {
+                    // SAFETY: this thread alone computes these blocks of columns; the sums outlive the phase.
+                    let to = unsafe { sums.row(row, block..block + 1) };
+                    copy_blocks(std::iter::once(&totals[row]), to);
                 }
             }
-            for (row, peaks) in rows.iter().zip(&slot.peaks) {
-                let peak = peaks.iter().fold(0, |peak, p| peak.max(*p));
-                let at = &mut slot.row_peaks[*row as usize];
-                *at = (*at).max(peak);
+        }
+    }
+
+    /// Down and combine of one segment, for the output blocks `mine`.
+    fn down_segment(
+        &self,
+        plan: &Plan,
+        segment: &Segment,
+        view: View<'_>,
+        (mine, slot): (Range<usize>, &mut ThreadSpace),
+    ) {
+        let Some(expert) = self.expert(segment.expert) else { return };
+        let batch = plan.addends.len();
+        let weights = &plan.weights[segment.first..][..view.rows];
+        let rows = &plan.rows[segment.first..][..view.rows];
+        let peaks = &mut slot.peaks[..view.rows];
+        peaks.fill([0; LANES]);
+        let adjacent = rows.windows(2).all(|pair| pair[1] == pair[0] + 1);
+        for (index, block) in mine.enumerate() {
+            let totals = &mut slot.totals[index * batch..][..batch];
+            let block = expert.down(block, view.rows);
+            let terms = Terms { weights, scale: self.scale };
+            if adjacent {
+                let sums = &mut totals[rows[0] as usize..][..view.rows];
+                self.engine.table.combine(block, view, terms, Added { sums, peaks });
+                continue;
             }
+            let sums = &mut slot.sums[..view.rows];
+            sums.fill([0; LANES]);
+            self.engine.table.combine(block, view, terms, Added { sums, peaks });
+            for (row, addends) in rows.iter().zip(&slot.sums) {
+                let to = &mut totals[*row as usize];
+                for n in 0..LANES {
+                    to[n] = to[n].wrapping_add(addends[n]);
+                }
+            }
+        }
+        for (row, peaks) in rows.iter().zip(peaks) {
+            let peak = peaks.iter().fold(0, |peak, p| peak.max(*p));
+            let at = &mut slot.row_peaks[*row as usize];
+            *at = (*at).max(peak);
         }
     }
 

@@ -1,13 +1,13 @@
 //! A matrix times any number of rows, on all threads.
 //!
 //! Rows are tiled once, then each thread takes a run of row blocks of the weights and multiplies all rows with
-//! them, up to `SEGMENT_ROWS` at a time, so that the rows stay in its cache. Only real outputs are written.
+//! them, up to `SEGMENT_ROWS` at a time, so that the rows stay in its cache. Only real outputs are written, those of
+//! several row blocks together: rows lie kilobytes apart, where single lines would chase each other out of the cache.
 #![allow(unsafe_code, reason = "threads write disjoint columns of one result")]
 
 use std::sync::Arc;
 
-use super::columns::Columns;
-use super::definition::LANES;
+use super::columns::{Columns, copy_blocks};
 use super::engine::{Crew, Engine, forged_row, lock, on_rows, part};
 use super::plan::SEGMENT_ROWS;
 use super::tiles::Span;
@@ -72,13 +72,17 @@ impl Linear for NativeLinear {
             let mut slot = lock(&slots[thread]);
             for segment in 0..segments {
                 let view = tiles.view(span(segment));
-                for block in part(blocks.count, thread, threads) {
-                    let out = &mut slot.products[0][..view.rows];
-                    table.product(self.weights.block(block, view.rows), view, out);
-                    for (row, values) in out.iter().enumerate() {
-                        // SAFETY: this thread alone computes this block; `y` is borrowed by the call.
-                        let to = unsafe { columns.row(segment * SEGMENT_ROWS + row, block) };
-                        to.copy_from_slice(&values[..to.len().min(LANES)]);
+                let mine = part(blocks.count, thread, threads);
+                for first in mine.clone().step_by(slot.products.len()) {
+                    let run = first..mine.end.min(first + slot.products.len());
+                    for (block, out) in run.clone().zip(&mut slot.products) {
+                        table.product(self.weights.block(block, view.rows), view, &mut out[..view.rows]);
+                    }
+                    let products = &slot.products[..run.len()];
+                    for row in 0..view.rows {
+                        // SAFETY: this thread alone computes these blocks; `y` is borrowed by the call.
+                        let to = unsafe { columns.row(segment * SEGMENT_ROWS + row, run.clone()) };
+                        copy_blocks(products.iter().map(|out| &out[row]), to);
                     }
                 }
             }

@@ -108,7 +108,16 @@ impl Pool {
     /// is pinned by its owner). `spin` is how long they watch before they sleep; ignored where threads outnumber
     /// the cores this process may use.
     pub(super) fn new(threads: usize, cores: &[usize], spin: Duration) -> std::io::Result<Pool> {
-        let crowded = available_parallelism().is_ok_and(|cores| threads > cores.get());
+        let usable = available_parallelism().map_or(threads, usize::from);
+        let crowded = threads > usable;
+        if crowded {
+            tracing::warn!(
+                threads,
+                cores = usable,
+                "more kernel threads than cores this process may use: they take turns and sleep at once when idle, \
+                 which is slow; give as many threads as cores or allow the process more cores"
+            );
+        }
         let spin = if crowded { Duration::ZERO } else { spin };
         let gate = Gate { spin, sleepers: AtomicUsize::new(0), lock: Mutex::new(()), moved: Condvar::new() };
         let shared = Arc::new(Shared {
@@ -195,6 +204,24 @@ fn work(shared: &Shared, number: usize, core: Option<usize>) {
     }
 }
 
+/// The cores this process may use, ascending; empty where the system does not say.
+#[cfg(target_os = "linux")]
+pub(super) fn allowed_cores() -> Vec<usize> {
+    // SAFETY: an all-zero cpu_set_t is an empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is writable for the call; 0 means this thread.
+    if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) } != 0 {
+        return Vec::new();
+    }
+    // SAFETY: the index lies inside the set.
+    (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &set) }).collect()
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn allowed_cores() -> Vec<usize> {
+    Vec::new()
+}
+
 /// Keeps the current thread on one core. Failing (a core outside the allowed set) only costs speed.
 #[cfg(target_os = "linux")]
 fn pin(core: usize) {
@@ -254,5 +281,17 @@ mod tests {
             ran.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(ran.into_inner(), 3);
+    }
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn workers_stay_on_their_cores_and_the_caller_keeps_its_own() {
+        let before = allowed_cores();
+        let mut pool = Pool::new(3, &before, Duration::ZERO).unwrap();
+        let seen: Vec<Mutex<Vec<usize>>> = (0..3).map(|_| Mutex::default()).collect();
+        pool.run(&|i| *locked(&seen[i]) = allowed_cores());
+        assert_eq!(*locked(&seen[0]), before);
+        for i in 1..3 {
+            assert_eq!(*locked(&seen[i]), [before[i % before.len()]]);
+        }
     }
 }

@@ -191,19 +191,77 @@ impl TilesWriter {
             return true;
         }
         let (values, scales) = x.quantized(row);
-        let mut lowest = 0i8;
-        for (group, chunk) in values.as_chunks::<GROUP>().0.iter().enumerate() {
-            let mut sum = 0i16;
-            for v in chunk {
-                sum += i16::from(*v);
-                lowest = lowest.min(*v);
-            }
-            let group_of_row = QuantizedGroup { values: *chunk, scale: scales[group], sum: i32::from(sum) };
-            // SAFETY: by the contract of this function.
-            unsafe { self.slots(span, group) }.put(slot, &group_of_row);
+        let (first, height) = tile_of(span, slot);
+        let mut cell = span.start + first * span.groups + (slot - first);
+        let mut fine = true;
+        for (chunk, &scale) in values.as_chunks::<GROUP>().0[..span.groups].iter().zip(scales) {
+            let (sum, made_by_quantizer) = sum_of_group(chunk);
+            fine &= made_by_quantizer;
+            // SAFETY: the cells of this row lie inside the storage (asserted) and are written by this thread alone.
+            unsafe { self.put(cell, &QuantizedGroup { values: *chunk, scale, sum }) };
+            cell += height;
         }
-        lowest > i8::MIN
+        fine
     }
+
+    /// Fills a cell.
+    ///
+    /// # Safety
+    /// The cell must lie inside the storage, and no other thread may use it.
+    #[inline(always)]
+    unsafe fn put(&self, cell: usize, x: &QuantizedGroup) {
+        // SAFETY: by the contract.
+        unsafe {
+            self.values.add(cell).write(bytemuck::cast(x.values));
+            self.scales.add(cell).write(x.scale);
+            self.offsets.add(cell).write(x.sum * Q4_OFFSET);
+        }
+    }
+}
+
+/// First row and height of the tile of row `row` of a span.
+#[inline(always)]
+fn tile_of(span: Span, row: usize) -> (usize, usize) {
+    let first = row - row % TILE;
+    (first, (span.rows - first).min(TILE))
+}
+
+/// Sum of a group, and whether it holds only values that the quantizer makes: all but -128.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn sum_of_group(values: &[i8; GROUP]) -> (i32, bool) {
+    // SAFETY: every x86-64 processor has SSE2.
+    unsafe { sum_of_group_sse2(values) }
+}
+
+/// The same by summing the distances of bytes to zero: as a plain loop this took 3 % of a prefill.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "sse2")]
+fn sum_of_group_sse2(values: &[i8; GROUP]) -> (i32, bool) {
+    use std::arch::x86_64::*;
+    // SAFETY: both halves of 16 bytes are readable; the loads have no alignment demand.
+    let (a, b) = unsafe {
+        let from: *const __m128i = values.as_ptr().cast();
+        (_mm_loadu_si128(from), _mm_loadu_si128(from.add(1)))
+    };
+    let (zero, sign) = (_mm_setzero_si128(), _mm_set1_epi8(i8::MIN));
+    let (a, b) = (_mm_xor_si128(a, sign), _mm_xor_si128(b, sign));
+    let sums = _mm_add_epi64(_mm_sad_epu8(a, zero), _mm_sad_epu8(b, zero));
+    let sum = _mm_cvtsi128_si32(sums) + _mm_cvtsi128_si32(_mm_unpackhi_epi64(sums, sums));
+    let lowest = _mm_cmpeq_epi8(_mm_min_epu8(a, b), zero);
+    (sum - 128 * GROUP as i32, _mm_movemask_epi8(lowest) == 0)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn sum_of_group(values: &[i8; GROUP]) -> (i32, bool) {
+    let (mut sum, mut lowest) = (0i16, 0i8);
+    for v in values {
+        sum += i16::from(*v);
+        lowest = lowest.min(*v);
+    }
+    (i32::from(sum), lowest > i8::MIN)
 }
 
 /// One group of every row of a span, owned by one thread.
@@ -224,16 +282,11 @@ impl GroupSlots {
     #[inline(always)]
     pub(super) fn put(&self, row: usize, x: &QuantizedGroup) {
         debug_assert!(row < self.span.rows);
-        let first = row - row % TILE;
-        let height = (self.span.rows - first).min(TILE);
-        let cell = self.span.start + first * self.span.groups + self.group * height + row % TILE;
+        let (first, height) = tile_of(self.span, row);
+        let cell = self.span.start + first * self.span.groups + self.group * height + (row - first);
         // SAFETY: `cell` lies inside the storage (asserted when the slots were made) and belongs to this
         // span and group, which no other thread writes.
-        unsafe {
-            self.writer.values.add(cell).write(bytemuck::cast(x.values));
-            self.writer.scales.add(cell).write(x.scale);
-            self.writer.offsets.add(cell).write(x.sum * Q4_OFFSET);
-        }
+        unsafe { self.writer.put(cell, x) };
     }
 
     /// Stores the group of row `row` as f32.
