@@ -8,7 +8,7 @@
 //! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
 //! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
 //! `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `columns`,
-//! `block`, `tiles` (what these take and give), `definition` (the bits). Beside them `ops` (row operations for the
+//! `block`, `tiles` (what these take and give), `lanes` (registers), `definition` (the bits). Beside them `ops` (row operations for the
 //! forward pass) and `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
@@ -35,6 +35,7 @@ mod engine;
 mod experts;
 mod isa;
 pub mod kv;
+mod lanes;
 mod linear;
 pub mod ops;
 mod plan;

@@ -58,10 +58,15 @@ impl KvCache {
     /// so an unused budget costs nothing.
     pub fn new(config: &ModelConfig, format: Format, blocks: usize) -> KvCache {
         let shape = KvShape { heads: config.kv_heads, head_dim: config.head_dim };
+        KvCache::of_shape(shape, config.layers.len(), format, blocks)
+    }
+
+    /// A cache of `blocks` blocks of `shape` in each of `layers` layers.
+    pub fn of_shape(shape: KvShape, layers: usize, format: Format, blocks: usize) -> KvCache {
         let len = blocks * shape.block();
         let store =
             |_| if format.is_quantized() { Store::F16(vec![0; len]) } else { Store::F32(vec![0.0; len]) };
-        KvCache { shape, blocks, layers: config.layers.iter().map(store).collect(), narrow: Vec::new() }
+        KvCache { shape, blocks, layers: (0..layers).map(store).collect(), narrow: Vec::new() }
     }
 
     /// Bytes of one block over all layers.
@@ -139,28 +144,30 @@ pub struct KvLayer<'a> {
     store: &'a Store,
 }
 
-impl KvLayer<'_> {
+/// Keys or values of one head in one block.
+#[derive(Clone, Copy, Debug)]
+pub enum KvPart<'a> {
+    /// f16 bits, in quantized models.
+    F16(&'a [u16]),
+    /// In bf16 models.
+    F32(&'a [f32]),
+}
+
+impl<'a> KvLayer<'a> {
     /// Shape of a block.
     pub fn shape(&self) -> KvShape {
         self.shape
     }
 
-    /// Keys of one head in one block as f32, `[head_dim, KV_BLOCK]`.
-    pub fn keys(&self, block: u32, head: usize, ops: Ops, out: &mut [f32]) {
-        self.read(block, head, ops, out);
-    }
-
-    /// Values of one head in one block as f32, `[KV_BLOCK, head_dim]`.
-    pub fn values(&self, block: u32, head: usize, ops: Ops, out: &mut [f32]) {
-        self.read(block, self.shape.heads + head, ops, out);
-    }
-
-    fn read(&self, block: u32, part: usize, ops: Ops, out: &mut [f32]) {
-        let (start, tile) =
-            (block as usize * self.shape.block() + part * self.shape.tile(), self.shape.tile());
-        match self.store {
-            Store::F16(data) => ops.widen_f16(&data[start..start + tile], out),
-            Store::F32(data) => out.copy_from_slice(&data[start..start + tile]),
-        }
+    /// Keys (`[head_dim, KV_BLOCK]`) and values (`[KV_BLOCK, head_dim]`) of one head in one block, in the same form.
+    pub fn head(&self, block: u32, head: usize) -> [KvPart<'a>; 2] {
+        [head, self.shape.heads + head].map(|part| {
+            let start = block as usize * self.shape.block() + part * self.shape.tile();
+            let range = start..start + self.shape.tile();
+            match self.store {
+                Store::F16(data) => KvPart::F16(&data[range]),
+                Store::F32(data) => KvPart::F32(&data[range]),
+            }
+        })
     }
 }
