@@ -8,8 +8,8 @@
 //! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
 //! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
 //! `avx2`, `avx512` and their `_bf16` (products), `elementwise` (the rest, compiled per instruction set), `columns`,
-//! `block`, `tiles` (what these take and give), `lanes` (registers), `definition` (the bits). Beside them `ops` (row operations for the
-//! forward pass) and `stream` (how fast this machine reads).
+//! `block`, `tiles` (what these take and give), `lanes` (registers), `definition` (the bits). Beside them `ops`, `dots`, `rows` (row
+//! operations for the forward pass) and `stream` (how fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -30,6 +30,7 @@ mod avx512_bf16;
 mod block;
 mod columns;
 pub mod definition;
+pub mod dots;
 mod elementwise;
 mod engine;
 mod experts;
@@ -40,6 +41,7 @@ mod linear;
 pub mod ops;
 mod plan;
 mod pool;
+mod rows;
 mod scalar;
 pub mod stream;
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The sampler against a slow, obvious implementation and against the distribution it promises.
 
+use model::kernel::native::definition::exp_f64 as exp;
 use proptest::prelude::*;
 
 use super::*;

@@ -8,6 +8,10 @@
 //! This module only owns memory. Which block belongs to which sequence is the scheduler's business: a sequence
 //! brings its block table, and position `p` lives in entry `p / KV_BLOCK`.
 
+#![allow(unsafe_code, reason = "threads write disjoint parts of one layer")]
+
+use super::Native;
+use super::engine::part;
 use super::ops::Ops;
 use crate::config::ModelConfig;
 use crate::format::Format;
@@ -50,7 +54,6 @@ pub struct KvCache {
     shape: KvShape,
     blocks: usize,
     layers: Vec<Store>,
-    narrow: Vec<u16>,
 }
 
 impl KvCache {
@@ -66,7 +69,7 @@ impl KvCache {
         let len = blocks * shape.block();
         let store =
             |_| if format.is_quantized() { Store::F16(vec![0; len]) } else { Store::F32(vec![0.0; len]) };
-        KvCache { shape, blocks, layers: (0..layers).map(store).collect(), narrow: Vec::new() }
+        KvCache { shape, blocks, layers: (0..layers).map(store).collect() }
     }
 
     /// Bytes of one block over all layers.
@@ -88,32 +91,106 @@ impl KvCache {
 
     /// Stores one token: `row` is its key, then its value, `[heads, head_dim]` each.
     pub fn store(&mut self, layer: usize, slot: Slot, row: &[f32], ops: Ops) {
+        let writer = self.writer(layer);
+        for head in 0..writer.shape.heads {
+            // SAFETY: the cache is borrowed exclusively, and this thread does it all.
+            unsafe { writer.store_head(slot, head, row, ops) };
+        }
+    }
+
+    fn writer(&mut self, layer: usize) -> Writer {
         let shape = self.shape;
         match &mut self.layers[layer] {
             Store::F16(data) => {
-                self.narrow.resize(row.len(), 0);
-                ops.narrow_f16(row, &mut self.narrow);
-                shape.place(data, slot, &self.narrow);
+                Writer { shape, half: Some(data.as_mut_ptr()), single: None, len: data.len() }
             }
-            Store::F32(data) => shape.place(data, slot, row),
+            Store::F32(data) => {
+                Writer { shape, half: None, single: Some(data.as_mut_ptr()), len: data.len() }
+            }
         }
     }
 }
 
-impl KvShape {
-    fn place<T: Copy>(self, data: &mut [T], slot: Slot, row: &[T]) {
-        let (head_dim, tile) = (self.head_dim, self.tile());
-        let block = &mut data[slot.block as usize * self.block()..][..self.block()];
-        let (keys, values) = block.split_at_mut(self.heads * tile);
-        let (key, value) = row.split_at(self.heads * head_dim);
-        for head in 0..self.heads {
-            let source = &key[head * head_dim..][..head_dim];
-            let columns = keys[head * tile..][..tile].chunks_exact_mut(KV_BLOCK);
-            for (column, value) in columns.zip(source) {
-                column[slot.offset] = *value;
+/// The tokens of one step and where they go.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTokens<'a> {
+    /// Row of a token in `rows`, and its slot.
+    pub slots: &'a [(usize, Slot)],
+    /// Rows of the step.
+    pub rows: &'a [f32],
+    /// Values from one row to the next.
+    pub stride: usize,
+    /// Where a row's key begins; its value follows.
+    pub first: usize,
+}
+
+/// Tokens from which other threads are woken to store: with half a microsecond each, more work than the waking.
+const PARALLEL_TOKENS: usize = 16;
+
+impl Native {
+    /// Stores many tokens. Threads divide the heads among themselves, since a head's part of a block belongs to no
+    /// other head, whatever the slots.
+    pub fn store_tokens(&self, kv: &mut KvCache, layer: usize, tokens: NewTokens<'_>) {
+        let writer = kv.writer(layer);
+        let store = |head: usize| {
+            for (row, slot) in tokens.slots {
+                let row = &tokens.rows[row * tokens.stride + tokens.first..(row + 1) * tokens.stride];
+                // SAFETY: the cache is borrowed exclusively, and each head has one thread.
+                unsafe { writer.store_head(*slot, head, row, self.ops()) };
             }
-            values[head * tile + slot.offset * head_dim..][..head_dim]
-                .copy_from_slice(&value[head * head_dim..][..head_dim]);
+        };
+        let heads = writer.shape.heads;
+        if tokens.slots.len() < PARALLEL_TOKENS {
+            return (0..heads).for_each(store);
+        }
+        self.parallel(&|thread| part(heads, thread, self.threads()).for_each(store));
+    }
+}
+
+/// One layer, to be written by several threads, each its own heads.
+#[derive(Clone, Copy)]
+struct Writer {
+    shape: KvShape,
+    half: Option<*mut u16>,
+    single: Option<*mut f32>,
+    len: usize,
+}
+
+// SAFETY: plain pointers to numbers; who writes what is the contract of `store_head`.
+unsafe impl Sync for Writer {}
+
+/// Values narrowed at a time, on the stack.
+const NARROW: usize = 64;
+
+impl Writer {
+    /// Stores key and value of one head of `row`, which is a key, then a value, `[heads, head_dim]` each.
+    ///
+    /// # Safety
+    /// The cache outlives the call, and no other thread uses this head's part of this layer meanwhile.
+    unsafe fn store_head(&self, slot: Slot, head: usize, row: &[f32], ops: Ops) {
+        let KvShape { heads, head_dim } = self.shape;
+        let (tile, block) = (self.shape.tile(), slot.block as usize * self.shape.block());
+        assert!(head < heads && slot.offset < KV_BLOCK && block + self.shape.block() <= self.len);
+        let (keys, values) = row.split_at(heads * head_dim);
+        let key = &keys[head * head_dim..][..head_dim];
+        let value = &values[head * head_dim..][..head_dim];
+        let key_at = block + head * tile + slot.offset;
+        let value_at = block + (heads + head) * tile + slot.offset * head_dim;
+        // SAFETY: both places lie in the head's part of the block, which lies in the layer by the assertion.
+        unsafe {
+            if let Some(data) = self.half {
+                let mut narrow = [0u16; NARROW];
+                for (index, part) in key.chunks(NARROW).enumerate() {
+                    ops.narrow_f16(part, &mut narrow[..part.len()]);
+                    let at = data.add(key_at + index * NARROW * KV_BLOCK);
+                    (0..part.len()).for_each(|d| *at.add(d * KV_BLOCK) = narrow[d]);
+                }
+                ops.narrow_f16(value, std::slice::from_raw_parts_mut(data.add(value_at), head_dim));
+            }
+            if let Some(data) = self.single {
+                (0..head_dim).for_each(|d| *data.add(key_at + d * KV_BLOCK) = key[d]);
+                std::slice::from_raw_parts_mut(data.add(value_at), head_dim).copy_from_slice(value);
+            }
         }
     }
 }

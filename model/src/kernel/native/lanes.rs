@@ -19,8 +19,6 @@ pub(super) trait Lanes {
     const N: usize;
     /// Queries whose sums fit the registers, two of them each.
     const QUERIES: usize;
-    /// Rows, and matrix rows, whose 16-lane sums fit the registers.
-    const TILE: usize;
 
     unsafe fn zero() -> Self::V;
     unsafe fn splat(x: f32) -> Self::V;
@@ -34,6 +32,13 @@ pub(super) trait Lanes {
     /// Asks for the cache line of an address; any address will do.
     unsafe fn prefetch(at: *const u8);
 }
+
+/// Runs a block for each index below `$n`, as literals: LLVM keeps arrays in registers only when unrolled.
+macro_rules! each {
+    ($n:expr, $i:ident, $b:block) => { each!(@ $n, $i, $b, 0 1 2 3 4 5 6 7) };
+    (@ $n:expr, $i:ident, $b:block, $($k:literal)*) => { $( if $k < $n { let $i: usize = $k; $b } )* };
+}
+pub(super) use each;
 
 /// How values lie in memory: f32, or f16 bits.
 pub(super) trait Stored: Copy + Sync {
@@ -76,7 +81,6 @@ impl Lanes for Portable {
     type V = [f32; 8];
     const N: usize = 8;
     const QUERIES: usize = 4;
-    const TILE: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> [f32; 8] {
@@ -142,7 +146,7 @@ mod x86 {
 
     macro_rules! x86_lanes {
         (
-            $(#[$doc:meta])* $name:ident, $v:ty, $n:literal, $queries:literal, $tile:literal,
+            $(#[$doc:meta])* $name:ident, $v:ty, $n:literal, $queries:literal,
             $zero:ident, $splat:ident, $load:ident, $widen:ident($half:ident as $half_type:ty),
             $store:ident, $fma:ident, $mul:ident
         ) => {
@@ -154,7 +158,6 @@ mod x86 {
                 type V = $v;
                 const N: usize = $n;
                 const QUERIES: usize = $queries;
-                const TILE: usize = $tile;
 
                 #[inline(always)]
                 unsafe fn zero() -> $v {
@@ -209,14 +212,14 @@ mod x86 {
 
     x86_lanes!(
         /// Eight lanes.
-        Avx2, __m256, 8, 4, 2,
+        Avx2, __m256, 8, 4,
         _mm256_setzero_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_cvtph_ps(_mm_loadu_si128 as __m128i),
         _mm256_storeu_ps, _mm256_fmadd_ps, _mm256_mul_ps
     );
 
     x86_lanes!(
         /// Sixteen lanes.
-        Avx512, __m512, 16, 8, 4,
+        Avx512, __m512, 16, 8,
         _mm512_setzero_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_cvtph_ps(_mm256_loadu_si256 as __m256i),
         _mm512_storeu_ps, _mm512_fmadd_ps, _mm512_mul_ps
     );

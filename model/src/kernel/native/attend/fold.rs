@@ -14,7 +14,7 @@ use super::super::definition::exp;
 use super::super::kv::KV_BLOCK;
 #[cfg(target_arch = "x86_64")]
 use super::super::lanes::{Avx2, Avx512};
-use super::super::lanes::{Lanes, Portable, Stored};
+use super::super::lanes::{Lanes, Portable, Stored, each};
 
 /// Scores of one query with a block's keys, later their weights.
 type Row = [f32; KV_BLOCK];
@@ -101,12 +101,6 @@ pub(super) struct Steps {
     pub(super) values: Values<f32>,
     /// The result of query `index`.
     pub(super) result: unsafe fn(&Space, usize, &mut [f32]),
-}
-
-/// Runs a block for each index below `$n`, as literals: LLVM keeps arrays in registers only when unrolled.
-macro_rules! each {
-    ($n:expr, $i:ident, $b:block) => { each!(@ $n, $i, $b, 0 1 2 3 4 5 6 7) };
-    (@ $n:expr, $i:ident, $b:block, $($k:literal)*) => { $( if $k < $n { let $i: usize = $k; $b } )* };
 }
 
 /// Calls `$f::<L, T, queries>` for 1 to 8 queries.
