@@ -53,6 +53,7 @@ pub struct Scratch {
     weights: Vec<f64>,
     order: Vec<u64>,
     peaks: Vec<f32>,
+    heights: Vec<f32>,
     ops: Ops,
 }
 
@@ -237,7 +238,7 @@ fn token_of(ranked: u64) -> u32 {
 
 /// Draws with `uniform` in [0, 1) from the filtered distribution.
 fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Scratch) -> u32 {
-    let Scratch { weights, order, peaks, ops, .. } = scratch;
+    let ops = scratch.ops;
     let by = Tempered { highest: f64::from(ops.max(logits)), temperature: f64::from(sampling.temperature) };
     let weight = |ranked: &u64| by.weight(logits[token_of(*ranked) as usize]);
     let kept = match sampling.top_k as usize {
@@ -248,58 +249,62 @@ fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Scratch
     let top_p = sampling.top_p < 1.0;
     if kept == logits.len() && !top_p && least <= 0.0 {
         // Nothing is left out, so no order is needed but that of ids.
-        weights.resize(logits.len(), 0.0);
-        let total = ops.tempered(logits, by, weights);
-        return pick((0..).zip(weights.iter().copied()), uniform * total);
+        scratch.weights.resize(logits.len(), 0.0);
+        let total = ops.tempered(logits, by, &mut scratch.weights);
+        return pick((0..).zip(scratch.weights.iter().copied()), uniform * total);
     }
     let (mut sorted, total) = if kept < logits.len() {
-        rank_head(logits, kept, *ops, peaks, order);
-        sort_head(order, 0, kept);
-        (kept, order[..kept].iter().map(weight).sum())
+        scratch.rank_head(logits, kept);
+        sort_head(&mut scratch.order, 0, kept);
+        (kept, scratch.order[..kept].iter().map(weight).sum())
     } else {
-        order.clear();
+        scratch.order.clear();
         (0, ops.tempered(logits, by, &mut []))
     };
     let enough = f64::from(sampling.top_p) * total;
-    weights.clear();
+    scratch.weights.clear();
     let mut mass = 0.0;
-    while weights.len() < kept && !(top_p && mass >= enough) {
-        if weights.len() == sorted {
+    while scratch.weights.len() < kept && !(top_p && mass >= enough) {
+        if scratch.weights.len() == sorted {
             let upto = (sorted * 4).max(SORTED_FIRST).min(kept);
-            if upto > order.len() {
-                rank_head(logits, upto, *ops, peaks, order);
+            if upto > scratch.order.len() {
+                scratch.rank_head(logits, upto);
                 sorted = 0;
             }
-            sort_head(order, sorted, upto);
+            sort_head(&mut scratch.order, sorted, upto);
             sorted = upto;
         }
-        let next = weight(&order[weights.len()]);
+        let next = weight(&scratch.order[scratch.weights.len()]);
         // The best token (weight 1) always stays.
         if next < least {
             break;
         }
         mass += next;
-        weights.push(next);
+        scratch.weights.push(next);
     }
-    pick(order.iter().map(|ranked| token_of(*ranked)).zip(weights.iter().copied()), uniform * mass)
+    let ranked = scratch.order.iter().map(|ranked| token_of(*ranked));
+    pick(ranked.zip(scratch.weights.iter().copied()), uniform * mass)
 }
 
-/// Into `order` the first `count` tokens of the ranking at least, with all that are as good, in no order.
-fn rank_head(logits: &[f32], count: usize, ops: Ops, peaks: &mut Vec<f32>, order: &mut Vec<u64>) {
-    // The `count`th highest of the peaks is reached by `count` logits at least, one under each of those peaks.
-    peaks.clear();
-    peaks.extend(logits.chunks(RANKED_TOGETHER).map(|part| ops.max(part)));
-    let mut bar = f32::NEG_INFINITY;
-    if count <= peaks.len() {
-        let mut by_height = peaks.clone();
-        bar = *by_height.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
-    }
-    order.clear();
-    for (index, part) in logits.chunks(RANKED_TOGETHER).enumerate() {
-        if peaks[index] >= bar {
-            let from = index * RANKED_TOGETHER;
-            let high = part.iter().enumerate().filter(|(_, logit)| **logit >= bar);
-            order.extend(high.map(|(id, logit)| ranked(*logit, from + id)));
+impl Scratch {
+    /// Into `order` the first `count` tokens of the ranking at least, with all that are as good, in no order.
+    fn rank_head(&mut self, logits: &[f32], count: usize) {
+        let Scratch { peaks, heights, order, ops, .. } = self;
+        peaks.clear();
+        peaks.extend(logits.chunks(RANKED_TOGETHER).map(|part| ops.max(part)));
+        // The `count`th highest of the peaks is reached by `count` logits at least, one under each of those peaks.
+        let mut bar = f32::NEG_INFINITY;
+        if count <= peaks.len() {
+            heights.clone_from(peaks);
+            bar = *heights.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
+        }
+        order.clear();
+        for (index, part) in logits.chunks(RANKED_TOGETHER).enumerate() {
+            if peaks[index] >= bar {
+                let from = index * RANKED_TOGETHER;
+                let high = part.iter().enumerate().filter(|(_, logit)| **logit >= bar);
+                order.extend(high.map(|(id, logit)| ranked(*logit, from + id)));
+            }
         }
     }
 }
