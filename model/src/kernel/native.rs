@@ -41,7 +41,7 @@ mod linear;
 pub mod ops;
 mod plan;
 mod pool;
-mod rows;
+pub mod rows;
 mod scalar;
 pub mod stream;
 #[cfg(test)]

@@ -40,6 +40,9 @@ impl<T> Parts<T> {
     }
 }
 
+/// Called with the number of a part and the parts of two slices.
+pub type PairJob<'a, A, B> = dyn Fn(usize, &mut [A], &mut [B]) + Sync + 'a;
+
 impl Native {
     /// Calls `job(i, part i of a)` for every part of `a`, on all threads if there are many. Parts are `width` values,
     /// the last one may be shorter. The job must not call this backend's products (they wait for the same threads).
@@ -68,7 +71,7 @@ impl Native {
         &self,
         (a, a_width): (&mut [A], usize),
         (b, b_width): (&mut [B], usize),
-        job: &(dyn Fn(usize, &mut [A], &mut [B]) + Sync),
+        job: &PairJob<'_, A, B>,
     ) {
         let parts = a.len().div_ceil(a_width);
         assert_eq!(parts, b.len().div_ceil(b_width));

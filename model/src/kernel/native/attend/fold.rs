@@ -240,7 +240,7 @@ fn add_totals(weights: &[Row], spans: &[Span], states: &mut [State]) {
     while q + 4 <= spans.len() {
         let (rows, spans) = (&weights[q..q + 4], &spans[q..q + 4]);
         let states = &mut states[q..q + 4];
-        let shared = common(spans);
+        let shared = seen_by_all(spans);
         let mut totals = [0.0f32; 4];
         for i in 0..4 {
             totals[i] = added(states[i].total, &rows[i], spans[i].from, shared.from.min(spans[i].to));
@@ -271,7 +271,7 @@ fn added(mut total: f32, row: &Row, from: usize, to: usize) -> f32 {
 
 /// Keys that all of several queries see.
 #[inline(always)]
-fn common(spans: &[Span]) -> Span {
+fn seen_by_all(spans: &[Span]) -> Span {
     let mut all = Span { from: 0, to: KV_BLOCK };
     for span in spans {
         all.from = all.from.max(span.from);
@@ -299,7 +299,7 @@ unsafe fn add_all<L: Lanes, T: Stored>(space: &mut Space, values: &[T]) {
         let spans = &space.spans[first..first + len];
         let (weights, factors) = (&space.weights[first..first + len], &mut space.factors[first..first + len]);
         let sums = &mut space.sums[first * dims..(first + len) * dims];
-        let shared = common(spans);
+        let shared = seen_by_all(spans);
         let Span { from, to } = shared;
         // SAFETY: the caller's, and every instantiation is one of its registers.
         unsafe {
