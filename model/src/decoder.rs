@@ -21,15 +21,24 @@ use crate::config::{Ffn, ModelConfig, QkNorm};
 use crate::kernel::native::Native;
 use crate::kernel::native::attend::{Attend, Run};
 use crate::kernel::native::definition;
-use crate::kernel::native::kv::{KvCache, Slot};
-use crate::kernel::{KernelError, Kernels, Linear};
+use crate::kernel::native::dots::Dots;
+use crate::kernel::native::kv::{KvCache, NewTokens, Slot};
+use crate::kernel::{Assignment, KernelError, Kernels, Linear};
 use crate::open::{Model, OpenError};
 use crate::packed::TensorName;
 use crate::region::Bytes;
 use rope::Rotary;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use workspace::Workspace;
+
+/// Rows that read the gate's weights together, when there are many: their values stay in the second cache level.
+/// With fewer, threads divide the experts.
+const GATE_ROWS: usize = 8;
+
+/// Logits looked at together for NaN: 32 KB.
+const CHECKED: usize = 8192;
 
 /// Why a stage failed.
 #[derive(Debug, thiserror::Error)]
@@ -144,10 +153,10 @@ impl Decoder {
         let hidden = self.config.hidden;
         work.start(tokens.len(), &self.config);
         let table: &[u16] = bytemuck::cast_slice(&self.embedding);
-        for (row, token) in work.residual.chunks_exact_mut(hidden).zip(tokens) {
-            let source = &table[*token as usize * hidden..][..hidden];
+        self.native.each_part(&mut work.residual, hidden, &|index, row| {
+            let source = &table[tokens[index] as usize * hidden..][..hidden];
             row.iter_mut().zip(source).for_each(|(x, bits)| *x = f32::from_bits(u32::from(*bits) << 16));
-        }
+        });
         work.angles.clear();
         positions.for_each(|position| self.rotary.angles(position, &mut work.angles));
     }
@@ -166,7 +175,7 @@ impl Decoder {
         weights.qkv.apply(work.input.view(), &mut work.qkv)?;
         self.prepare_qkv(weights, work);
         self.store_kv(layer, runs, kv, work);
-        let config = &self.config;
+        let (config, ops) = (&self.config, self.native.ops());
         let task = Attend {
             kv: kv.layer(layer),
             heads: config.heads,
@@ -175,9 +184,11 @@ impl Decoder {
             stride: config.q_width() + 2 * config.kv_width(),
         };
         self.native.attend(&task, runs, &mut work.attended, &mut work.attend);
-        work.input.fill(self.native.ops(), &work.attended, config.q_width()).map_err(stage("attention"))?;
-        weights.out.apply(work.input.view(), &mut work.hidden)?;
-        work.residual.iter_mut().zip(&work.hidden).for_each(|(x, y)| *x += y);
+        let Workspace { input, attended, hidden, residual, .. } = work;
+        input.fill(&self.native, attended, config.q_width(), &|_, _| ()).map_err(stage("attention"))?;
+        weights.out.apply(input.view(), hidden)?;
+        let width = config.hidden;
+        self.native.each_part(residual, width, &|row, x| ops.add(&hidden[row * width..][..width], x));
         Ok(())
     }
 
@@ -194,13 +205,48 @@ impl Decoder {
         if weights.gate.is_empty() {
             return Ok(());
         }
-        let (hidden, ops) = (self.config.hidden, self.native.ops());
-        for (row, x) in work.normed.chunks_exact(hidden).enumerate() {
-            work.scores.resize(self.config.moe.experts, 0.0);
-            ops.dot16_rows(&weights.gate, x, &mut work.scores);
-            gate::choose(&self.config.moe, ops, row as u32, &mut work.scores, &mut work.assignments);
+        let nobody = Assignment { row: 0, expert: 0, weight: 0.0 };
+        work.assignments.resize(work.rows * self.config.moe.top_k, nobody);
+        work.scores.resize(work.rows * self.config.moe.experts, 0.0);
+        if work.rows < GATE_ROWS {
+            self.gate_few(&weights.gate, work)
+        } else {
+            self.gate_many(&weights.gate, work)
         }
         Ok(())
+    }
+
+    /// Gate of few rows: threads divide the experts.
+    fn gate_few(&self, gate: &[f32], work: &mut Workspace) {
+        let (moe, inputs, ops) = (&self.config.moe, self.config.hidden, self.native.ops());
+        let Workspace { rows, normed, scores, logits, assignments, .. } = work;
+        let (rows, share) = (*rows, moe.experts.div_ceil(self.native.threads()));
+        self.native.each_large_part(scores, share * rows, &|index, scores| {
+            let weights = &gate[index * share * inputs..][..scores.len() / rows * inputs];
+            ops.dots(Dots { weights, x: normed, inputs, row_step: 1, output_step: rows }, scores);
+        });
+        logits.resize(moe.experts, 0.0);
+        for (row, assignments) in assignments.chunks_exact_mut(moe.top_k).enumerate() {
+            logits.iter_mut().zip(scores[row..].iter().step_by(rows)).for_each(|(to, score)| *to = *score);
+            gate::choose(moe, ops, row as u32, logits, assignments);
+        }
+    }
+
+    /// Gate of many rows: threads divide the rows, and weights are read once for several of them.
+    fn gate_many(&self, gate: &[f32], work: &mut Workspace) {
+        let (moe, inputs, ops) = (&self.config.moe, self.config.hidden, self.native.ops());
+        let Workspace { normed, scores, assignments, .. } = work;
+        let (experts, top_k) = (moe.experts, moe.top_k);
+        let scores = (&mut scores[..], GATE_ROWS * experts);
+        self.native.each_pair(scores, (assignments, GATE_ROWS * top_k), &|index, scores, assignments| {
+            let first = index * GATE_ROWS;
+            let x = &normed[first * inputs..][..scores.len() / experts * inputs];
+            ops.dots(Dots { weights: gate, x, inputs, row_step: experts, output_step: 1 }, scores);
+            let places = assignments.chunks_exact_mut(top_k);
+            for (row, (scores, places)) in scores.chunks_exact_mut(experts).zip(places).enumerate() {
+                gate::choose(moe, ops, (first + row) as u32, scores, places);
+            }
+        });
     }
 
     /// The dense block or shared expert of a layer, if it has one: into `work.local`.
@@ -210,37 +256,39 @@ impl Decoder {
         work.gate_up.resize(rows * 2 * inter, 0.0);
         local.gate_up.apply(work.input.view(), &mut work.gate_up)?;
         work.inner.resize(rows * inter, 0.0);
-        for (h, gate_up) in work.inner.chunks_exact_mut(inter).zip(work.gate_up.chunks_exact(2 * inter)) {
-            let (gate, up) = gate_up.split_at(inter);
-            self.native.ops().swiglu(gate, up, h);
-        }
-        let stage = "the inner row of the local feed-forward block";
-        work.inner_input
-            .fill(self.native.ops(), &work.inner, inter)
+        let (stage, ops) = ("the inner row of the local feed-forward block", self.native.ops());
+        let Workspace { inner, inner_input, gate_up, normed, .. } = work;
+        inner_input
+            .fill(&self.native, inner, inter, &|row, h| {
+                let (gate, up) = gate_up[row * 2 * inter..][..2 * inter].split_at(inter);
+                ops.swiglu(gate, up, h);
+            })
             .map_err(|row| DecodeError::NotFinite { layer, stage, row })?;
-        local.down.apply(work.inner_input.view(), &mut work.local)?;
+        local.down.apply(inner_input.view(), &mut work.local)?;
         let Some(gate) = &local.gate else { return Ok(()) };
         let hidden = self.config.hidden;
-        for (y, x) in work.local.chunks_exact_mut(hidden).zip(work.normed.chunks_exact(hidden)) {
-            let factor = definition::sigmoid(self.native.ops().dot16(gate, x));
-            y.iter_mut().for_each(|y| *y *= factor);
-        }
+        self.native.each_part(&mut work.local, hidden, &|row, y| {
+            ops.scale(definition::sigmoid(ops.dot16(gate, &normed[row * hidden..][..hidden])), y);
+        });
         Ok(())
     }
 
     /// Ends a layer: `sums` (`[rows, hidden]`, in multiples of the layer's step) are the routed experts' output;
     /// the shared expert is added to it, and both to the residual stream. In a dense layer `sums` is not read.
     pub fn finish(&self, layer: usize, sums: &[i64], work: &mut Workspace) {
-        let weights = &self.layers[layer];
-        let local = weights.local.is_some();
-        if weights.gate.is_empty() {
-            work.residual.iter_mut().zip(&work.local).for_each(|(x, y)| *x += y);
-        } else if local {
-            let routed = sums.iter().map(|sum| *sum as f32 * weights.step);
-            let both = routed.zip(&work.local).map(|(routed, shared)| routed + shared);
-            work.residual.iter_mut().zip(both).for_each(|(x, y)| *x += y);
+        let (weights, width, ops) = (&self.layers[layer], self.config.hidden, self.native.ops());
+        let (with_local, dense) = (weights.local.is_some(), weights.gate.is_empty());
+        let Workspace { residual, local, .. } = work;
+        let sums = |row: usize| &sums[row * width..][..width];
+        if with_local && !dense {
+            self.native.each_pair((residual, width), (local, width), &|row, x, both| {
+                ops.add_sums(sums(row), weights.step, both);
+                ops.add(both, x);
+            });
+        } else if dense {
+            self.native.each_part(residual, width, &|row, x| ops.add(&local[row * width..][..width], x));
         } else {
-            work.residual.iter_mut().zip(sums).for_each(|(x, sum)| *x += *sum as f32 * weights.step);
+            self.native.each_part(residual, width, &|row, x| ops.add_sums(sums(row), weights.step, x));
         }
     }
 
@@ -252,85 +300,90 @@ impl Decoder {
         out: &mut Vec<f32>,
     ) -> Result<(), DecodeError> {
         let (hidden, layer) = (self.config.hidden, self.config.layers.len());
-        work.normed.resize(rows.len() * hidden, 0.0);
-        for (row, normed) in rows.iter().zip(work.normed.chunks_exact_mut(hidden)) {
-            let x = &work.residual[row * hidden..][..hidden];
-            self.native.ops().rms_norm(x, &self.final_norm, self.config.norm_eps, normed);
-        }
-        let stage = "the input of the head";
-        work.input.fill(self.native.ops(), &work.normed, hidden).map_err(|index| DecodeError::NotFinite {
-            layer,
-            stage,
-            row: rows[index],
-        })?;
-        out.resize(rows.len() * self.config.vocab, 0.0);
-        self.head.apply(work.input.view(), out)?;
-        let bad =
-            out.chunks_exact(self.config.vocab).position(|logits| !logits.iter().all(|l| l.is_finite()));
-        match bad {
-            Some(index) => Err(DecodeError::NotFinite { layer, stage: "logits", row: rows[index] }),
-            None => Ok(()),
+        let (ops, vocab) = (self.native.ops(), self.config.vocab);
+        let Workspace { normed, residual, input, .. } = work;
+        normed.resize(rows.len() * hidden, 0.0);
+        let norm = |index: usize, normed: &mut [f32]| {
+            let x = &residual[rows[index] * hidden..][..hidden];
+            ops.rms_norm(x, &self.final_norm, self.config.norm_eps, normed);
+        };
+        let not_finite = |stage, index| DecodeError::NotFinite { layer, stage, row: rows[index] };
+        input
+            .fill(&self.native, normed, hidden, &norm)
+            .map_err(|index| not_finite("the input of the head", index))?;
+        out.resize(rows.len() * vocab, 0.0);
+        self.head.apply(input.view(), out)?;
+        let broken = AtomicUsize::new(usize::MAX);
+        self.native.each_large_part(out, CHECKED, &|index, part| {
+            if let Some(at) =
+                (!ops.is_finite(part)).then(|| part.iter().position(|x| !x.is_finite())).flatten()
+            {
+                broken.fetch_min((index * CHECKED + at) / vocab, Ordering::Relaxed);
+            }
+        });
+        match broken.into_inner() {
+            usize::MAX => Ok(()),
+            index => Err(not_finite("logits", index)),
         }
     }
 
     /// RMS norm of the residual stream into `work.normed`, and that as kernel input. The error is a row.
     fn normalise(&self, weight: &[f32], work: &mut Workspace) -> Result<(), usize> {
-        let hidden = self.config.hidden;
-        work.normed.resize(work.rows * hidden, 0.0);
-        for (x, normed) in work.residual.chunks_exact(hidden).zip(work.normed.chunks_exact_mut(hidden)) {
-            self.native.ops().rms_norm(x, weight, self.config.norm_eps, normed);
-        }
-        work.input.fill(self.native.ops(), &work.normed, hidden)
+        let (hidden, eps, ops) = (self.config.hidden, self.config.norm_eps, self.native.ops());
+        let Workspace { rows, normed, residual, input, .. } = work;
+        normed.resize(*rows * hidden, 0.0);
+        input.fill(&self.native, normed, hidden, &|row, normed| {
+            ops.rms_norm(&residual[row * hidden..][..hidden], weight, eps, normed);
+        })
     }
 
     /// Bias, clip, norm and rope of q and k, in place (reference: `*Attention.forward` of transformers).
     fn prepare_qkv(&self, weights: &Layer, work: &mut Workspace) {
-        let config = &self.config;
+        let (config, ops) = (&self.config, self.native.ops());
         let (q_width, kv_width, head_dim) = (config.q_width(), config.kv_width(), config.head_dim);
-        let rows = work.qkv.chunks_exact_mut(q_width + 2 * kv_width).zip(work.angles.chunks_exact(head_dim));
-        for (row, angles) in rows {
+        let Workspace { qkv, angles, .. } = work;
+        self.native.each_part(qkv, q_width + 2 * kv_width, &|index, row| {
             if let Some(bias) = &weights.qkv_bias {
-                row.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+                ops.add(bias, row);
             }
             let (q, kv) = row.split_at_mut(q_width);
             let (k, v) = kv.split_at_mut(kv_width);
             // OLMoE normalises first and clips afterwards; the other families do not clip.
-            self.normalise_heads(q, &weights.q_norm, &mut work.head);
-            self.normalise_heads(k, &weights.k_norm, &mut work.head);
+            self.normalise_heads(q, &weights.q_norm);
+            self.normalise_heads(k, &weights.k_norm);
             if let Some(limit) = config.clip_qkv {
                 for x in q.iter_mut().chain(k.iter_mut()).chain(v) {
                     *x = x.clamp(-limit, limit);
                 }
             }
-            let (cos, sin) = angles.split_at(head_dim / 2);
+            let (cos, sin) = angles[index * head_dim..][..head_dim].split_at(head_dim / 2);
             for head in q.chunks_exact_mut(head_dim).chain(k.chunks_exact_mut(head_dim)) {
-                rope::rotate(head, cos, sin);
+                ops.rotate(head, cos, sin);
             }
-        }
+        });
     }
 
-    fn normalise_heads(&self, heads: &mut [f32], weight: &[f32], scratch: &mut Vec<f32>) {
+    fn normalise_heads(&self, heads: &mut [f32], weight: &[f32]) {
         let width = match self.config.qk_norm {
             QkNorm::None => return,
             QkNorm::PerHead => self.config.head_dim,
             QkNorm::FullWidth => heads.len(),
         };
         for head in heads.chunks_exact_mut(width) {
-            scratch.clear();
-            scratch.extend_from_slice(head);
-            self.native.ops().rms_norm(scratch, weight, self.config.norm_eps, head);
+            self.native.ops().rms_norm_here(head, weight, self.config.norm_eps);
         }
     }
 
-    fn store_kv(&self, layer: usize, runs: &[Run<'_>], kv: &mut KvCache, work: &Workspace) {
-        let q_width = self.config.q_width();
-        let stride = q_width + 2 * self.config.kv_width();
+    fn store_kv(&self, layer: usize, runs: &[Run<'_>], kv: &mut KvCache, work: &mut Workspace) {
+        let first = self.config.q_width();
+        let stride = first + 2 * self.config.kv_width();
+        let Workspace { qkv, slots, .. } = work;
+        slots.clear();
         for run in runs {
-            for index in 0..run.len {
-                let row = &work.qkv[(run.first_row + index) * stride..][q_width..stride];
-                kv.store(layer, Slot::of(run.position + index, run.table), row, self.native.ops());
-            }
+            let slot = |index| (run.first_row + index, Slot::of(run.position + index, run.table));
+            slots.extend((0..run.len).map(slot));
         }
+        self.native.store_tokens(kv, layer, NewTokens { slots, rows: qkv, stride, first });
     }
 }
 

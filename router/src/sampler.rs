@@ -1,8 +1,8 @@
 //! One token from one row of logits.
 //!
 //! Problem: the same request with the same seed must give the same tokens on every machine, in any batch and
-//! after any preemption. Idea: everything is f64 arithmetic in a fixed order with our own `exp` (the system's
-//! differs between machines), candidates are ordered by (logit descending, id ascending) or, where no filter needs
+//! after any preemption. Idea: everything is f64 arithmetic in a fixed order with our own `exp` (`model`'s, vectorised; the
+//! system's differs between machines), candidates are ordered by (logit descending, id ascending) or, where no filter needs
 //! that, by id, and the random number of a draw is a hash of the seed and the token's index alone, so there is no generator state to lose. Price:
 //! two passes over the vocabulary per drawn token (a fraction of a millisecond for 150 000 entries); the
 //! vocabulary is never sorted as a whole, only as much of its head as the draw reaches.
@@ -14,15 +14,21 @@
 
 use std::collections::BTreeMap;
 
+use model::kernel::native::definition::Tempered;
+use model::kernel::native::ops::Ops;
+
 use crate::request::{Sampling, TokenLogprobs};
 
 /// Tokens sorted at first when drawing; four times as many in every further round. A draw from a model's
 /// distribution ends within the first few hundred almost always.
 const SORTED_FIRST: usize = 256;
 
-/// `exp` below this is taken as 0: 1e-304 of the best token's probability, never drawn in practice, and above
-/// the subnormal numbers whose handling differs between floating-point modes.
-const EXP_FLOOR: f64 = -700.0;
+/// Logits whose maxima are looked at first when the head of the ranking is wanted: so few that the head's members
+/// rarely share one, so many that the maxima cost nothing.
+const RANKED_TOGETHER: usize = 64;
+
+/// Logits searched together for the best: a maximum is found at memory speed, its place is not.
+const SEARCHED_TOGETHER: usize = 1024;
 
 /// A row that cannot be sampled from.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -46,6 +52,9 @@ pub struct Scratch {
     logits: Vec<f32>,
     weights: Vec<f64>,
     order: Vec<u64>,
+    peaks: Vec<f32>,
+    heights: Vec<f32>,
+    ops: Ops,
 }
 
 /// The choosing state of one sequence: what it has seen. A function of prompt and output alone.
@@ -85,21 +94,22 @@ impl Sampler {
 
     /// Chooses the next token from a row of `[vocab]` raw logits and remembers it.
     pub fn choose(&mut self, logits: &[f32], scratch: &mut Scratch) -> Result<u32, SampleError> {
-        check_finite(logits)?;
+        check_finite(logits, scratch.ops)?;
+        let mut own = std::mem::take(&mut scratch.logits);
         let adjusted = if self.adjusts() {
-            scratch.logits.clear();
-            scratch.logits.extend_from_slice(logits);
-            self.adjust(&mut scratch.logits);
-            &scratch.logits[..]
+            own.clear();
+            own.extend_from_slice(logits);
+            self.adjust(&mut own);
+            &own[..]
         } else {
             logits
         };
         let token = if self.sampling.temperature <= 0.0 || self.sampling.top_k == 1 {
-            best(adjusted)
+            best(adjusted, scratch.ops)
         } else {
-            let uniform = uniform(self.sampling.seed, self.generated);
-            draw(adjusted, &self.sampling, uniform, &mut scratch.weights, &mut scratch.order)
+            draw(adjusted, &self.sampling, uniform(self.sampling.seed, self.generated), scratch)
         };
+        scratch.logits = own;
         self.remember(token);
         Ok(token)
     }
@@ -167,10 +177,10 @@ impl Sampler {
 /// Log-probability of `token` and of the `top` most probable tokens in a row of `[vocab]` raw logits: natural
 /// logarithm, best first, ties to the lower id. One pass to sum, one to find the best.
 pub fn logprobs(logits: &[f32], token: u32, top: u32) -> Result<TokenLogprobs, SampleError> {
-    check_finite(logits)?;
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let highest = f64::from(highest);
-    let offset = highest + libm::log(sum_exp(logits, highest, 1.0));
+    let ops = Ops::default();
+    check_finite(logits, ops)?;
+    let highest = f64::from(ops.max(logits));
+    let offset = highest + libm::log(ops.tempered(logits, Tempered { highest, temperature: 1.0 }, &mut []));
     let of = |logit: f32| (f64::from(logit) - offset) as f32;
     let mut most: Vec<(f32, u32)> = Vec::with_capacity(top as usize + 1);
     for (id, logit) in logits.iter().enumerate() {
@@ -187,12 +197,12 @@ pub fn logprobs(logits: &[f32], token: u32, top: u32) -> Result<TokenLogprobs, S
     })
 }
 
-fn check_finite(logits: &[f32]) -> Result<(), SampleError> {
+fn check_finite(logits: &[f32], ops: Ops) -> Result<(), SampleError> {
     if logits.is_empty() {
         return Err(SampleError::Empty);
     }
     // Whole-row test first: it runs at memory speed, the search for the culprit need not.
-    if logits.iter().fold(true, |all, logit| all & logit.is_finite()) {
+    if ops.is_finite(logits) {
         return Ok(());
     }
     let found = logits.iter().copied().enumerate().find(|(_, value)| !value.is_finite());
@@ -201,9 +211,16 @@ fn check_finite(logits: &[f32]) -> Result<(), SampleError> {
 }
 
 /// The highest logit's index; ties to the lower id.
-fn best(logits: &[f32]) -> u32 {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|logit| *logit == highest).unwrap_or(0) as u32
+fn best(logits: &[f32], ops: Ops) -> u32 {
+    let (mut highest, mut from) = (f32::NEG_INFINITY, 0);
+    for (index, part) in logits.chunks(SEARCHED_TOGETHER).enumerate() {
+        let peak = ops.max(part);
+        if peak > highest {
+            (highest, from) = (peak, index * SEARCHED_TOGETHER);
+        }
+    }
+    let place = logits[from..].iter().position(|logit| *logit == highest).unwrap_or(0);
+    (from + place) as u32
 }
 
 /// Token `id` with its logit as one number whose ascending order is rank: higher logit first, then lower id.
@@ -219,38 +236,11 @@ fn token_of(ranked: u64) -> u32 {
     ranked as u32
 }
 
-/// Sum of `exp((logit - highest) / temperature)` in 16 lanes, added in ascending order: the same everywhere,
-/// however wide the machine's vectors.
-fn sum_exp(logits: &[f32], highest: f64, temperature: f64) -> f64 {
-    let weight = |logit: f32| exp((f64::from(logit) - highest) / temperature);
-    let mut lanes = [0.0f64; LANES];
-    let chunks = logits.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, logit) in lanes.iter_mut().zip(chunk) {
-            *lane += weight(*logit);
-        }
-    }
-    for (lane, logit) in lanes.iter_mut().zip(rest) {
-        *lane += weight(*logit);
-    }
-    lanes.iter().sum()
-}
-
-/// Independent sums of [`sum_exp`]; enough to keep any vector unit busy.
-const LANES: usize = 16;
-
 /// Draws with `uniform` in [0, 1) from the filtered distribution.
-fn draw(
-    logits: &[f32],
-    sampling: &Sampling,
-    uniform: f64,
-    weights: &mut Vec<f64>,
-    order: &mut Vec<u64>,
-) -> u32 {
-    let highest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let temperature = f64::from(sampling.temperature);
-    let weight = |token: u32| exp((f64::from(logits[token as usize]) - highest) / temperature);
+fn draw(logits: &[f32], sampling: &Sampling, uniform: f64, scratch: &mut Scratch) -> u32 {
+    let ops = scratch.ops;
+    let by = Tempered { highest: f64::from(ops.max(logits)), temperature: f64::from(sampling.temperature) };
+    let weight = |ranked: &u64| by.weight(logits[token_of(*ranked) as usize]);
     let kept = match sampling.top_k as usize {
         0 => logits.len(),
         k => k.min(logits.len()),
@@ -259,37 +249,64 @@ fn draw(
     let top_p = sampling.top_p < 1.0;
     if kept == logits.len() && !top_p && least <= 0.0 {
         // Nothing is left out, so no order is needed but that of ids.
-        let all = 0..logits.len() as u32;
-        let total = sum_exp(logits, highest, temperature);
-        return pick(all.map(|token| (token, weight(token))), uniform * total);
+        scratch.weights.resize(logits.len(), 0.0);
+        let total = ops.tempered(logits, by, &mut scratch.weights);
+        return pick((0..).zip(scratch.weights.iter().copied()), uniform * total);
     }
-    order.clear();
-    order.extend(logits.iter().enumerate().map(|(id, logit)| ranked(*logit, id)));
     let (mut sorted, total) = if kept < logits.len() {
-        sort_head(order, 0, kept);
-        order.truncate(kept);
-        (kept, order.iter().map(|ranked| weight(token_of(*ranked))).sum())
+        scratch.rank_head(logits, kept);
+        sort_head(&mut scratch.order, 0, kept);
+        (kept, scratch.order[..kept].iter().map(weight).sum())
     } else {
-        (0, sum_exp(logits, highest, temperature))
+        scratch.order.clear();
+        (0, ops.tempered(logits, by, &mut []))
     };
     let enough = f64::from(sampling.top_p) * total;
-    weights.clear();
+    scratch.weights.clear();
     let mut mass = 0.0;
-    while weights.len() < order.len() && !(top_p && mass >= enough) {
-        if weights.len() == sorted {
-            let upto = (sorted * 4).max(SORTED_FIRST).min(order.len());
-            sort_head(order, sorted, upto);
+    while scratch.weights.len() < kept && !(top_p && mass >= enough) {
+        if scratch.weights.len() == sorted {
+            let upto = (sorted * 4).max(SORTED_FIRST).min(kept);
+            if upto > scratch.order.len() {
+                scratch.rank_head(logits, upto);
+                sorted = 0;
+            }
+            sort_head(&mut scratch.order, sorted, upto);
             sorted = upto;
         }
-        let next = weight(token_of(order[weights.len()]));
+        let next = weight(&scratch.order[scratch.weights.len()]);
         // The best token (weight 1) always stays.
         if next < least {
             break;
         }
         mass += next;
-        weights.push(next);
+        scratch.weights.push(next);
     }
-    pick(order.iter().map(|ranked| token_of(*ranked)).zip(weights.iter().copied()), uniform * mass)
+    let ranked = scratch.order.iter().map(|ranked| token_of(*ranked));
+    pick(ranked.zip(scratch.weights.iter().copied()), uniform * mass)
+}
+
+impl Scratch {
+    /// Into `order` the first `count` tokens of the ranking at least, with all that are as good, in no order.
+    fn rank_head(&mut self, logits: &[f32], count: usize) {
+        let Scratch { peaks, heights, order, ops, .. } = self;
+        peaks.clear();
+        peaks.extend(logits.chunks(RANKED_TOGETHER).map(|part| ops.max(part)));
+        // The `count`th highest of the peaks is reached by `count` logits at least, one under each of those peaks.
+        let mut bar = f32::NEG_INFINITY;
+        if count <= peaks.len() {
+            heights.clone_from(peaks);
+            bar = *heights.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
+        }
+        order.clear();
+        for (index, part) in logits.chunks(RANKED_TOGETHER).enumerate() {
+            if peaks[index] >= bar {
+                let from = index * RANKED_TOGETHER;
+                let high = part.iter().enumerate().filter(|(_, logit)| **logit >= bar);
+                order.extend(high.map(|(id, logit)| ranked(*logit, from + id)));
+            }
+        }
+    }
 }
 
 /// The first token at which the sum of weights passes `goal`. Rounding can leave the goal a hair above the whole
@@ -334,45 +351,6 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
-
-/// `e^x` for `x <= 0`, the same bits everywhere: `2^n * p(r)` with `r = x - n ln 2` and a Taylor polynomial of
-/// degree 13 by Horner's rule, multiplications and additions only (error below 4e-16 relative). Branch-free
-/// inside, so loops over it vectorise without changing the result.
-fn exp(x: f64) -> f64 {
-    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
-    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    /// 1.5 * 2^52: adding and subtracting it rounds to the nearest integer.
-    const ROUNDER: f64 = 6_755_399_441_055_744.0;
-    let clamped = if x > EXP_FLOOR { x } else { EXP_FLOOR };
-    let shifted = clamped * std::f64::consts::LOG2_E + ROUNDER;
-    let n = shifted - ROUNDER;
-    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = INVERSE_FACTORIALS[0];
-    for coefficient in &INVERSE_FACTORIALS[1..] {
-        p = p * r + coefficient;
-    }
-    // The low bits of `shifted` hold n in two's complement.
-    let power = f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
-    if x > EXP_FLOOR { p * power } else { 0.0 }
-}
-
-/// 1/13! down to 1/0!.
-const INVERSE_FACTORIALS: [f64; 14] = [
-    1.0 / 6_227_020_800.0,
-    1.0 / 479_001_600.0,
-    1.0 / 39_916_800.0,
-    1.0 / 3_628_800.0,
-    1.0 / 362_880.0,
-    1.0 / 40_320.0,
-    1.0 / 5_040.0,
-    1.0 / 720.0,
-    1.0 / 120.0,
-    1.0 / 24.0,
-    1.0 / 6.0,
-    0.5,
-    1.0,
-    1.0,
-];
 
 #[cfg(test)]
 mod tests;

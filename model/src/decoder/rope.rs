@@ -42,15 +42,6 @@ impl Rotary {
     }
 }
 
-/// Turns the pairs `(x[i], x[i + half])` of one head by their angles, in place.
-pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (low, high) = head.split_at_mut(cos.len());
-    for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
-        // Two products and a sum, each rounded: the same on every machine without fused multiply-add.
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-    }
-}
-
 /// YaRN (Peng et al. 2023, section 3.2): how much of each dimension's own frequency is kept, 1 for fast ones.
 fn yarn_keep(rope: &Rope, head_dim: usize) -> Vec<f64> {
     let RopeScaling::Yarn { original_context, beta_fast, beta_slow, truncate, .. } = rope.scaling else {

@@ -4,9 +4,11 @@ use crate::activations::{Activations, row_bytes};
 use crate::config::ModelConfig;
 use crate::format::Format;
 use crate::kernel::Assignment;
+use crate::kernel::native::Native;
 use crate::kernel::native::attend::AttendScratch;
-use crate::kernel::native::ops::Ops;
+use crate::kernel::native::kv::Slot;
 use crate::region::Buffer;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What the stages of `Decoder` hand to each other. Rows are those of the step.
 #[derive(Debug)]
@@ -28,10 +30,13 @@ pub struct Workspace {
     pub(super) hidden: Vec<f32>,
     pub(super) angles: Vec<f32>,
     pub(super) scores: Vec<f32>,
+    /// Scores of one row.
+    pub(super) logits: Vec<f32>,
     pub(super) gate_up: Vec<f32>,
     pub(super) inner: Vec<f32>,
     pub(super) inner_input: Rows,
-    pub(super) head: Vec<f32>,
+    /// Rows of the step and the slots of the cache where their keys and values go.
+    pub(super) slots: Vec<(usize, Slot)>,
     pub(super) attend: AttendScratch,
 }
 
@@ -50,10 +55,11 @@ impl Workspace {
             hidden: Vec::new(),
             angles: Vec::new(),
             scores: Vec::new(),
+            logits: Vec::new(),
             gate_up: Vec::new(),
             inner: Vec::new(),
             inner_input: Rows::new(format),
-            head: Vec::new(),
+            slots: Vec::new(),
             attend: AttendScratch::default(),
         }
     }
@@ -83,17 +89,37 @@ impl Rows {
         Rows { format, buffer: Buffer::zeroed(0), rows: 0, inputs: 0 }
     }
 
-    /// Takes over `values` (`[rows, inputs]`), quantized if the format says so. The error is a row that is not
-    /// finite.
-    pub(super) fn fill(&mut self, ops: Ops, values: &[f32], inputs: usize) -> Result<(), usize> {
-        let rows = values.len() / inputs;
+    /// Room for `rows` rows of `inputs`: `row_bytes` each.
+    fn start(&mut self, rows: usize, inputs: usize) -> (&mut [u8], usize) {
         let stride = row_bytes(self.format, inputs);
         if self.buffer.len() < rows * stride {
             self.buffer = Buffer::zeroed((rows * stride).next_power_of_two());
         }
         (self.rows, self.inputs) = (rows, inputs);
-        ops.fill_rows(self.format, inputs, values, &mut self.buffer[..rows * stride])
-            .map_err(|error| error.row)
+        (&mut self.buffer[..rows * stride], stride)
+    }
+
+    /// Takes over `values` (`[rows, inputs]`) after `prepare` had each row, quantized if the format says so: one
+    /// visit per row, on all threads if there are many. The error is the first row that is not finite.
+    pub(super) fn fill(
+        &mut self,
+        native: &Native,
+        values: &mut [f32],
+        inputs: usize,
+        prepare: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<(), usize> {
+        let (format, broken) = (self.format, AtomicUsize::new(usize::MAX));
+        let (bytes, stride) = self.start(values.len() / inputs, inputs);
+        native.each_pair((values, inputs), (bytes, stride), &|row, x, bytes| {
+            prepare(row, x);
+            if !native.ops().fill_row(format, x, bytes) {
+                broken.fetch_min(row, Ordering::Relaxed);
+            }
+        });
+        match broken.into_inner() {
+            usize::MAX => Ok(()),
+            row => Err(row),
+        }
     }
 
     /// The rows.

@@ -8,8 +8,9 @@
 //! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
 //! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
 //! `neon`, `avx2`, `avx512` and their `_bf16`, `amx` with `amx_tiles` and `crossover` (products), `elementwise` (the
-//! rest, compiled per instruction set), `columns`, `block`, `tiles` (what these take and give), `definition` (the
-//! bits). Beside them `ops` (row operations for the forward pass) and `stream` (how fast this machine reads).
+//! rest, compiled per instruction set), `columns`, `block`, `tiles` (what these take and give), `lanes` (registers),
+//! `definition` (the bits). Beside them `ops`, `dots`, `rows` (row operations for the forward pass) and `stream` (how
+//! fast this machine reads).
 //!
 //! Price: one call at a time per backend (a mutex around pool and scratch memory). Refuses: weights with
 //! non-finite scales, calls that do not fit them, instruction sets that the machine lacks.
@@ -36,17 +37,20 @@ mod columns;
 #[cfg(target_arch = "x86_64")]
 mod crossover;
 pub mod definition;
+pub mod dots;
 mod elementwise;
 mod engine;
 mod experts;
 mod isa;
 pub mod kv;
+mod lanes;
 mod linear;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod ops;
 mod plan;
 mod pool;
+pub mod rows;
 mod scalar;
 pub mod stream;
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The sampler against a slow, obvious implementation and against the distribution it promises.
 
+use model::kernel::native::definition::exp_f64 as exp;
 use proptest::prelude::*;
 
 use super::*;
@@ -74,6 +75,25 @@ proptest! {
     #[test]
     fn uniform_is_in_range(seed in any::<u64>(), index in any::<u64>()) {
         prop_assert!((0.0..1.0).contains(&uniform(seed, index)));
+    }
+}
+
+#[test]
+fn a_large_vocabulary_with_many_ties_is_ranked_right() {
+    // So large that the head of the ranking is cut off by the peaks of parts, and with few distinct logits.
+    for round in 0..60u64 {
+        let steps = [2.0, 40.0, 1e6][(round % 3) as usize];
+        let logits: Vec<f32> =
+            row(20_000 + 37 * round as usize, round).iter().map(|x| (x * steps).round() / steps).collect();
+        let top_k = [0, 5, 300][(round / 3 % 3) as usize];
+        let top_p = [0.9, 0.02, 0.999][(round / 9 % 3) as usize];
+        let temperature = [0.2, 1.0][(round % 2) as usize];
+        let sampling = Sampling { temperature, top_k, top_p, seed: round, ..Sampling::default() };
+        assert_eq!(choose(&sampling, &logits), obvious(&logits, &sampling, uniform(round, 0)), "{round}");
+        let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let first = logits.iter().position(|logit| *logit == highest).unwrap();
+        assert_eq!(choose(&greedy, &logits), first as u32);
     }
 }
 

@@ -9,22 +9,35 @@
 //! * per key, ascending: `p = exp(score - m')`, `l += p`, `acc[d] = fma(p, v[j][d], acc[d])`.
 //!
 //! The result is `acc / l`. A chain per key instead of 16 lanes per dot product spares every horizontal sum
-//! (docs/decisions/0003). Keys and values of a block are widened to f32 once for all queries of a tile.
-#![allow(unsafe_code, reason = "target features, enabled only after detection")]
+//! (docs/decisions/0003). How a block is folded into many queries at once: `fold`. Here: which queries make a tile, who
+//! computes it, and whether its keys and values are widened to f32 once for all (many queries) or in registers (few).
+#![allow(
+    unsafe_code,
+    reason = "target features, enabled only after detection; results written by all threads"
+)]
+
+mod fold;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Native;
-use super::definition::exp;
-use super::engine::lock;
+use super::engine::{lock, part};
 use super::isa::Isa;
-use super::kv::{KV_BLOCK, KvLayer};
+use super::kv::{KV_BLOCK, KvLayer, KvPart};
 use super::ops::Ops;
+use fold::{Ahead, Space, Span, Steps};
 
-/// Queries that share the widened keys of a block: their accumulators stay in the second-level cache.
-const TILE: usize = 16;
+/// Queries that share the widened keys of a block. Their sums and packed queries stay in the second-level cache
+/// (64 KB at a head size of 128), and widening costs 1 % of what they compute.
+const TILE_QUERIES: usize = 64;
 
-/// Scores (queries times keys) from which waking the other threads pays: 20 us of work on one core.
+/// Up to so many queries, f16 is widened in registers, again for every chunk of them.
+const DIRECT_QUERIES: usize = 16;
+
+/// Scores (queries times keys) from which waking the other threads pays: 5 us of work on one core.
 const PARALLEL_SCORES: usize = 4096;
 
 /// Consecutive tokens of one sequence, whose queries attend to all keys up to their own position.
@@ -58,192 +71,181 @@ pub struct Attend<'a> {
 /// Memory of one call, reused by the next.
 #[derive(Debug, Default)]
 pub struct AttendScratch {
-    threads: Vec<Mutex<ThreadScratch>>,
+    tiles: Vec<Tile>,
+    threads: Vec<Mutex<ThreadSpace>>,
 }
 
 #[derive(Debug, Default)]
-struct ThreadScratch {
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    states: Vec<State>,
-    sums: Vec<f32>,
-    /// Results of this thread's tiles, one after the other.
-    results: Vec<f32>,
+struct ThreadSpace {
+    space: Space,
+    /// Keys, then values of one block.
+    wide: Vec<f32>,
 }
 
-/// Running softmax of one (row, head).
+/// Some queries of one run with one key head.
 #[derive(Clone, Copy, Debug)]
-struct State {
-    max: f32,
-    total: f32,
-}
-
-/// Up to `TILE` queries of one run with the query heads of one key head.
-#[derive(Clone, Copy)]
-struct Tile<'a> {
-    run: Run<'a>,
+struct Tile {
+    run: usize,
+    /// First token within the run, and how many.
     first: usize,
     len: usize,
+    /// Key head.
+    kv_head: usize,
+    /// First query head, and how many: all that share the key head, or fewer where threads would idle.
     head: usize,
+    heads: usize,
 }
 
-type BlockStep = unsafe fn(Block<'_>, &mut State, &mut [f32]);
+/// Results, written by all threads, each its own tiles.
+struct Results {
+    start: *mut f32,
+    len: usize,
+}
 
-/// One query against the keys `from..to` of one block.
-#[derive(Clone, Copy)]
-struct Block<'a> {
-    query: &'a [f32],
-    /// `[head_dim, KV_BLOCK]`
-    keys: &'a [f32],
-    /// `[KV_BLOCK, head_dim]`
-    values: &'a [f32],
-    from: usize,
-    to: usize,
-    scale: f32,
+// SAFETY: a plain pointer to floats; who writes what is the contract of `at`.
+unsafe impl Sync for Results {}
+
+impl Results {
+    /// # Safety
+    /// The values must outlive the slice, and no other thread may use these meanwhile.
+    unsafe fn at<'a>(&self, first: usize, len: usize) -> &'a mut [f32] {
+        assert!(first + len <= self.len);
+        // SAFETY: inside the values by the assertion; exclusive by the contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
 }
 
 impl Native {
     /// Attention of all runs: into `out`, `[rows, heads * head_dim]` by batch row.
     pub fn attend(&self, task: &Attend<'_>, runs: &[Run<'_>], out: &mut [f32], scratch: &mut AttendScratch) {
-        let kv_heads = task.kv.shape().heads;
-        let tiles: Vec<Tile<'_>> = runs.iter().flat_map(|run| tiles(*run, kv_heads)).collect();
         let scores: usize = runs.iter().map(|run| run.len * (run.position + run.len) * task.heads).sum();
         let threads = if scores < PARALLEL_SCORES { 1 } else { self.threads() };
+        cut(task, runs, threads, &mut scratch.tiles);
         scratch.threads.resize_with(self.threads(), Mutex::default);
-        let (ops, step) = (self.ops(), block_step(self.ops().isa()));
+        let (tiles, next) = (&scratch.tiles, AtomicUsize::new(0));
+        let results = Results { start: out.as_mut_ptr(), len: out.len() };
         let work = |thread: usize| {
             let mut space = lock(&scratch.threads[thread]);
-            space.results.clear();
-            for tile in tiles.iter().skip(thread).step_by(threads) {
-                space.tile(task, tile, ops, step);
+            while let Some(tile) = tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
+                space.compute(task, (tile, runs[tile.run]), self.ops(), &results);
             }
         };
-        if threads == 1 {
-            work(0)
-        } else {
-            self.parallel(&work)
-        }
-        let (width, group) = (task.heads * task.kv.shape().head_dim, task.heads / kv_heads);
-        let part = group * task.kv.shape().head_dim;
-        for thread in 0..threads {
-            let space = lock(&scratch.threads[thread]);
-            let mut results = space.results.chunks_exact(part);
-            for tile in tiles.iter().skip(thread).step_by(threads) {
-                let rows = tile.run.first_row + tile.first..tile.run.first_row + tile.first + tile.len;
-                for (row, result) in rows.zip(&mut results) {
-                    out[row * width + tile.head * part..][..part].copy_from_slice(result);
+        if threads == 1 { work(0) } else { self.parallel(&work) }
+    }
+}
+
+/// All tiles, those with the most keys first, so that threads finish together.
+fn cut(task: &Attend<'_>, runs: &[Run<'_>], threads: usize, tiles: &mut Vec<Tile>) {
+    let kv_heads = task.kv.shape().heads;
+    let group = task.heads / kv_heads;
+    let rows = (TILE_QUERIES / group).max(1);
+    let whole: usize = runs.iter().map(|run| run.len.div_ceil(rows) * kv_heads).sum();
+    // No query's keys are split: their order is part of the bits. Its neighbours can be given away.
+    let shares = if whole < threads { group.min(threads.div_ceil(whole.max(1))) } else { 1 };
+    tiles.clear();
+    for (run, Run { len, .. }) in runs.iter().enumerate() {
+        for first in (0..*len).step_by(rows).rev() {
+            for kv_head in 0..kv_heads {
+                for share in 0..shares {
+                    let heads = part(group, share, shares);
+                    let (head, heads) = (kv_head * group + heads.start, heads.len());
+                    tiles.push(Tile { run, first, len: rows.min(len - first), kv_head, head, heads });
                 }
             }
         }
     }
-}
-
-fn tiles(run: Run<'_>, kv_heads: usize) -> impl Iterator<Item = Tile<'_>> {
-    (0..run.len).step_by(TILE).flat_map(move |first| {
-        let len = TILE.min(run.len - first);
-        (0..kv_heads).map(move |head| Tile { run, first, len, head })
-    })
 }
 
 fn lowest_key(window: Option<usize>, position: usize) -> usize {
     window.map_or(0, |window| (position + 1).saturating_sub(window))
 }
 
-impl ThreadScratch {
-    fn tile(&mut self, task: &Attend<'_>, tile: &Tile<'_>, ops: Ops, step: BlockStep) {
-        let shape = task.kv.shape();
-        let (head_dim, group) = (shape.head_dim, task.heads / shape.heads);
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        self.keys.resize(shape.tile(), 0.0);
-        self.values.resize(shape.tile(), 0.0);
-        self.states.clear();
-        self.states.resize(tile.len * group, State { max: f32::NEG_INFINITY, total: 0.0 });
-        self.sums.clear();
-        self.sums.resize(tile.len * group * head_dim, 0.0);
-        let start = tile.run.position + tile.first;
-        let blocks = lowest_key(task.window, start) / KV_BLOCK..=(start + tile.len - 1) / KV_BLOCK;
-        for block in blocks {
-            let index = tile.run.table[block];
-            task.kv.keys(index, tile.head, ops, &mut self.keys);
-            task.kv.values(index, tile.head, ops, &mut self.values);
-            for row in 0..tile.len {
-                let position = start + row;
-                let from = lowest_key(task.window, position).max(block * KV_BLOCK);
-                let to = (position + 1).min((block + 1) * KV_BLOCK);
-                if from >= to {
-                    continue;
-                }
-                let (from, to) = (from - block * KV_BLOCK, to - block * KV_BLOCK);
-                let row_at = (tile.run.first_row + tile.first + row) * task.stride;
-                for head in 0..group {
-                    let query = &task.queries[row_at + (tile.head * group + head) * head_dim..][..head_dim];
-                    let block = Block { query, keys: &self.keys, values: &self.values, from, to, scale };
-                    let state = row * group + head;
-                    let sums = &mut self.sums[state * head_dim..][..head_dim];
-                    // SAFETY: `block_step` chose this function for an instruction set that `Native` detected.
-                    unsafe { step(block, &mut self.states[state], sums) };
-                }
+impl ThreadSpace {
+    fn compute(&mut self, task: &Attend<'_>, (tile, run): (&Tile, Run<'_>), ops: Ops, results: &Results) {
+        let (steps, head_dim) = (steps(ops.isa()), task.kv.shape().head_dim);
+        let queries = tile.len * tile.heads;
+        self.space.reset(queries, head_dim);
+        for query in 0..queries {
+            let (row, head) =
+                (run.first_row + tile.first + query / tile.heads, tile.head + query % tile.heads);
+            let values = &task.queries[row * task.stride + head * head_dim..][..head_dim];
+            self.space.pack(query, steps.chunk, values);
+        }
+        let start = run.position + tile.first;
+        let last = (start + tile.len - 1) / KV_BLOCK;
+        for block in lowest_key(task.window, start) / KV_BLOCK..=last {
+            for (query, span) in self.space.spans.iter_mut().enumerate() {
+                *span = seen(task.window, start + query / tile.heads, block);
+            }
+            let here = task.kv.head(run.table[block], tile.kv_head);
+            let next = (block < last).then(|| task.kv.head(run.table[block + 1], tile.kv_head));
+            self.fold(steps, ops, here, next);
+        }
+        for query in 0..queries {
+            let (row, head) =
+                (run.first_row + tile.first + query / tile.heads, tile.head + query % tile.heads);
+            // SAFETY: this tile alone has this row and head; `attend` returns after all tiles are done.
+            let out = unsafe { results.at((row * task.heads + head) * head_dim, head_dim) };
+            // SAFETY: `steps` chose this function for an instruction set that `Native` detected.
+            unsafe { (steps.result)(&self.space, query, out) };
+        }
+    }
+
+    /// Folds one block into all queries; `next` is the block after it.
+    fn fold(&mut self, steps: &Steps, ops: Ops, here: [KvPart<'_>; 2], next: Option<[KvPart<'_>; 2]>) {
+        let ThreadSpace { space, wide } = self;
+        // SAFETY of all calls: `steps` chose these functions for an instruction set that `Native` detected.
+        match here {
+            [KvPart::F16(keys), KvPart::F16(values)] if space.states.len() <= DIRECT_QUERIES => {
+                let ahead: Ahead<'_, u16> = match next {
+                    Some([KvPart::F16(keys), KvPart::F16(values)]) => Some([keys, values]),
+                    _ => None,
+                };
+                // SAFETY: as above.
+                unsafe { (steps.scores_half)(space, keys, ahead) };
+                // SAFETY: as above.
+                unsafe { (steps.values_half)(space, values) };
+            }
+            [KvPart::F16(keys), KvPart::F16(values)] => {
+                wide.resize(keys.len(), 0.0);
+                ops.widen_f16(keys, wide);
+                // SAFETY: as above.
+                unsafe { (steps.scores)(space, wide, None) };
+                ops.widen_f16(values, wide);
+                // SAFETY: as above.
+                unsafe { (steps.values)(space, wide) };
+            }
+            [KvPart::F32(keys), KvPart::F32(values)] => {
+                let ahead: Ahead<'_, f32> = match next {
+                    Some([KvPart::F32(keys), KvPart::F32(values)]) => Some([keys, values]),
+                    _ => None,
+                };
+                // SAFETY: as above.
+                unsafe { (steps.scores)(space, keys, ahead) };
+                // SAFETY: as above.
+                unsafe { (steps.values)(space, values) };
+            }
+            [KvPart::F16(_), KvPart::F32(_)] | [KvPart::F32(_), KvPart::F16(_)] => {
+                unreachable!("a layer keeps keys and values in one form")
             }
         }
-        for (sums, state) in self.sums.chunks_exact(head_dim).zip(&self.states) {
-            self.results.extend(sums.iter().map(|sum| sum / state.total));
-        }
     }
 }
 
-/// The step of an instruction set that the machine has.
-fn block_step(isa: Isa) -> BlockStep {
+/// The keys of `block` that the query at `position` sees.
+fn seen(window: Option<usize>, position: usize, block: usize) -> Span {
+    let start = block * KV_BLOCK;
+    let from = lowest_key(window, position).saturating_sub(start).min(KV_BLOCK);
+    Span { from, to: (position + 1).saturating_sub(start).min(KV_BLOCK) }
+}
+
+/// The steps of an instruction set that the machine has.
+fn steps(isa: Isa) -> &'static Steps {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => step_avx2,
+        Isa::Avx2 => &fold::avx2::STEPS,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => step_avx512,
-        _ => step_each,
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn step_avx2(block: Block<'_>, state: &mut State, sums: &mut [f32]) {
-    step_each(block, state, sums);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn step_avx512(block: Block<'_>, state: &mut State, sums: &mut [f32]) {
-    step_each(block, state, sums);
-}
-
-/// Folds one block into the state of one (row, head).
-#[inline(always)]
-fn step_each(block: Block<'_>, state: &mut State, sums: &mut [f32]) {
-    let mut scores = [0.0f32; KV_BLOCK];
-    let columns = block.keys.as_chunks::<KV_BLOCK>().0;
-    for d in 0..block.query.len() {
-        for j in 0..KV_BLOCK {
-            scores[j] = block.query[d].mul_add(columns[d][j], scores[j]);
-        }
-    }
-    let mut max = state.max;
-    for score in &mut scores[block.from..block.to] {
-        *score *= block.scale;
-        max = if *score > max { *score } else { max };
-    }
-    if state.total != 0.0 && max > state.max {
-        let factor = exp(state.max - max);
-        state.total *= factor;
-        for sum in sums.iter_mut() {
-            *sum *= factor;
-        }
-    }
-    state.max = max;
-    let head_dim = sums.len();
-    for j in block.from..block.to {
-        let weight = exp(scores[j] - max);
-        state.total += weight;
-        let value = &block.values[j * head_dim..(j + 1) * head_dim];
-        for d in 0..head_dim {
-            sums[d] = weight.mul_add(value[d], sums[d]);
-        }
+        Isa::Avx512 | Isa::Amx => &fold::avx512::STEPS,
+        _ => &fold::portable::STEPS,
     }
 }

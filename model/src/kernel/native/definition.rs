@@ -186,6 +186,18 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// The same in place.
+#[inline(always)]
+pub fn rms_norm_here(x: &mut [f32], weight: &[f32], eps: f32) {
+    let mean = dot16(x, x) / x.len() as f32;
+    let inverse = 1.0 / (mean + eps).sqrt();
+    let n = x.len().min(weight.len());
+    let (x, weight) = (&mut x[..n], &weight[..n]);
+    for i in 0..n {
+        x[i] = (x[i] * inverse) * weight[i];
+    }
+}
+
 /// Replaces every x by `exp(x - max)` and returns the 16-lane sum of the results.
 #[inline(always)]
 pub fn exp_shifted(x: &mut [f32], max: f32) -> f32 {
@@ -210,6 +222,99 @@ pub fn max16(x: &[f32]) -> f32 {
         max = if *v > max { *v } else { max };
     }
     max
+}
+
+/// `e^x` for `x <= 0` in f64, for sampling: `2^n * p(r)` with `r = x - n ln 2` and a Taylor polynomial of degree 13 by
+/// Horner's rule, multiplications and additions only (error below 4e-16 relative). Below -700 it is 0: 1e-304 of the
+/// best token's probability, never drawn in practice, and above the subnormal numbers whose handling differs between
+/// floating-point modes.
+#[inline(always)]
+pub fn exp_f64(x: f64) -> f64 {
+    const FLOOR: f64 = -700.0;
+    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1;
+    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
+    /// 1.5 * 2^52: adding and subtracting it rounds to the nearest integer.
+    const ROUNDER: f64 = 6_755_399_441_055_744.0;
+    let clamped = if x > FLOOR { x } else { FLOOR };
+    let shifted = clamped * std::f64::consts::LOG2_E + ROUNDER;
+    let n = shifted - ROUNDER;
+    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
+    let mut p = INVERSE_FACTORIALS[0];
+    for coefficient in &INVERSE_FACTORIALS[1..] {
+        p = p * r + coefficient;
+    }
+    // The low bits of `shifted` hold n in two's complement.
+    let power = f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
+    if x > FLOOR { p * power } else { 0.0 }
+}
+
+/// 1/13! down to 1/0!.
+const INVERSE_FACTORIALS: [f64; 14] = [
+    1.0 / 6_227_020_800.0,
+    1.0 / 479_001_600.0,
+    1.0 / 39_916_800.0,
+    1.0 / 3_628_800.0,
+    1.0 / 362_880.0,
+    1.0 / 40_320.0,
+    1.0 / 5_040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
+];
+
+/// A softmax before it is divided by its sum, as sampling takes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Tempered {
+    /// The highest logit.
+    pub highest: f64,
+    /// Above 0.
+    pub temperature: f64,
+}
+
+impl Tempered {
+    /// `exp((logit - highest) / temperature)`.
+    #[inline(always)]
+    pub fn weight(self, logit: f32) -> f64 {
+        exp_f64((f64::from(logit) - self.highest) / self.temperature)
+    }
+}
+
+/// Values per pass of `tempered`: they stay in the first cache level. A multiple of the lanes.
+const TEMPERED_BLOCK: usize = 256;
+
+/// Weights of all logits, and their sum in 16 lanes that are added up in ascending order. `out` holds as many
+/// values as `logits`, or none: then only the sum is wanted.
+#[inline(always)]
+pub fn tempered(logits: &[f32], by: Tempered, out: &mut [f64]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let mut first = 0;
+    while first < logits.len() {
+        let len = if logits.len() - first < TEMPERED_BLOCK { logits.len() - first } else { TEMPERED_BLOCK };
+        let (part, mut block) = (&logits[first..first + len], [0.0f64; TEMPERED_BLOCK]);
+        let weights = &mut block[..len];
+        for i in 0..len {
+            weights[i] = by.weight(part[i]);
+        }
+        if !out.is_empty() {
+            out[first..first + len].copy_from_slice(weights);
+        }
+        // Past the end are zeros, which change no sum.
+        for c in block.as_chunks::<LANES>().0 {
+            for i in 0..LANES {
+                lanes[i] += c[i];
+            }
+        }
+        first += len;
+    }
+    let mut sum = 0.0;
+    for lane in lanes {
+        sum += lane;
+    }
+    sum
 }
 
 /// f32 to f16, nearest even, beyond the finite range to +-65504; NaN stays NaN. The definition in integers;

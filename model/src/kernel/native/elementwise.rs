@@ -122,6 +122,12 @@ pub(super) struct RowFunctions {
     pub(super) axpy: unsafe fn(f32, &[f32], &mut [f32]),
     pub(super) scale: unsafe fn(f32, &mut [f32]),
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [f32]) -> bool,
+    pub(super) rms_norm_here: unsafe fn(&mut [f32], &[f32], f32),
+    pub(super) add: unsafe fn(&[f32], &mut [f32]),
+    pub(super) add_sums: unsafe fn(&[i64], f32, &mut [f32]),
+    pub(super) rotate: unsafe fn(&mut [f32], &[f32], &[f32]),
+    pub(super) peak: unsafe fn(&[f32]) -> u32,
+    pub(super) tempered: unsafe fn(&[f32], definition::Tempered, &mut [f64]) -> f64,
 }
 
 /// Group `g` of a row, zeros past its end.
@@ -168,6 +174,47 @@ fn scale_each(p: f32, x: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+fn add_each(x: &[f32], to: &mut [f32]) {
+    let n = x.len().min(to.len());
+    let (x, to) = (&x[..n], &mut to[..n]);
+    for i in 0..n {
+        to[i] += x[i];
+    }
+}
+
+#[inline(always)]
+fn add_sums_each(sums: &[i64], step: f32, to: &mut [f32]) {
+    let n = sums.len().min(to.len());
+    let (sums, to) = (&sums[..n], &mut to[..n]);
+    for i in 0..n {
+        to[i] += sums[i] as f32 * step;
+    }
+}
+
+/// Turns the pairs `(x[i], x[i + half])`. Two products and a sum, each rounded.
+#[inline(always)]
+fn rotate_each(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = x.len() / 2;
+    let (low, high) = x.split_at_mut(half);
+    let (low, high, cos, sin) = (&mut low[..half], &mut high[..half], &cos[..half], &sin[..half]);
+    for i in 0..half {
+        let (a, b) = (low[i], high[i]);
+        low[i] = a * cos[i] - b * sin[i];
+        high[i] = b * cos[i] + a * sin[i];
+    }
+}
+
+/// Largest magnitude as bits, so that NaN counts above infinity.
+#[inline(always)]
+fn peak_each(x: &[f32]) -> u32 {
+    let mut peak = 0u32;
+    for v in x {
+        peak = peak.max(v.to_bits() & 0x7fff_ffff);
+    }
+    peak
+}
+
 macro_rules! compiled_for {
     ($name:ident, $quantize:path $(, $features:literal)?) => {
         /// The functions above, compiled for one instruction set.
@@ -195,11 +242,18 @@ macro_rules! compiled_for {
                     }
                     finite
                 }
+                fn rms_norm_here(x: &mut [f32], weight: &[f32], eps: f32) { definition::rms_norm_here(x, weight, eps) }
+                fn add(x: &[f32], to: &mut [f32]) { add_each(x, to) }
+                fn add_sums(sums: &[i64], step: f32, to: &mut [f32]) { add_sums_each(sums, step, to) }
+                fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) { rotate_each(x, cos, sin) }
+                fn peak(x: &[f32]) -> u32 { peak_each(x) }
+                fn tempered(logits: &[f32], by: definition::Tempered, out: &mut [f64]) -> f64 { definition::tempered(logits, by, out) }
             );
 
             /// The row operations of this instruction set.
             pub(in super::super) static ROWS: RowFunctions = RowFunctions {
-                dot, dot_rows, sum, max, rms_norm, exp_shifted, swiglu, axpy, scale, quantize,
+                dot, dot_rows, sum, max, rms_norm, exp_shifted, swiglu, axpy, scale, quantize, rms_norm_here, add, add_sums,
+                rotate, peak, tempered,
             };
         }
     };

@@ -8,6 +8,10 @@
 //! This module only owns memory. Which block belongs to which sequence is the scheduler's business: a sequence
 //! brings its block table, and position `p` lives in entry `p / KV_BLOCK`.
 
+#![allow(unsafe_code, reason = "threads write disjoint parts of one layer")]
+
+use super::Native;
+use super::engine::part;
 use super::ops::Ops;
 use crate::config::ModelConfig;
 use crate::format::Format;
@@ -50,7 +54,6 @@ pub struct KvCache {
     shape: KvShape,
     blocks: usize,
     layers: Vec<Store>,
-    narrow: Vec<u16>,
 }
 
 impl KvCache {
@@ -58,10 +61,15 @@ impl KvCache {
     /// so an unused budget costs nothing.
     pub fn new(config: &ModelConfig, format: Format, blocks: usize) -> KvCache {
         let shape = KvShape { heads: config.kv_heads, head_dim: config.head_dim };
+        KvCache::of_shape(shape, config.layers.len(), format, blocks)
+    }
+
+    /// A cache of `blocks` blocks of `shape` in each of `layers` layers.
+    pub fn of_shape(shape: KvShape, layers: usize, format: Format, blocks: usize) -> KvCache {
         let len = blocks * shape.block();
         let store =
             |_| if format.is_quantized() { Store::F16(vec![0; len]) } else { Store::F32(vec![0.0; len]) };
-        KvCache { shape, blocks, layers: config.layers.iter().map(store).collect(), narrow: Vec::new() }
+        KvCache { shape, blocks, layers: (0..layers).map(store).collect() }
     }
 
     /// Bytes of one block over all layers.
@@ -83,32 +91,106 @@ impl KvCache {
 
     /// Stores one token: `row` is its key, then its value, `[heads, head_dim]` each.
     pub fn store(&mut self, layer: usize, slot: Slot, row: &[f32], ops: Ops) {
+        let writer = self.writer(layer);
+        for head in 0..writer.shape.heads {
+            // SAFETY: the cache is borrowed exclusively, and this thread does it all.
+            unsafe { writer.store_head(slot, head, row, ops) };
+        }
+    }
+
+    fn writer(&mut self, layer: usize) -> Writer {
         let shape = self.shape;
         match &mut self.layers[layer] {
             Store::F16(data) => {
-                self.narrow.resize(row.len(), 0);
-                ops.narrow_f16(row, &mut self.narrow);
-                shape.place(data, slot, &self.narrow);
+                Writer { shape, half: Some(data.as_mut_ptr()), single: None, len: data.len() }
             }
-            Store::F32(data) => shape.place(data, slot, row),
+            Store::F32(data) => {
+                Writer { shape, half: None, single: Some(data.as_mut_ptr()), len: data.len() }
+            }
         }
     }
 }
 
-impl KvShape {
-    fn place<T: Copy>(self, data: &mut [T], slot: Slot, row: &[T]) {
-        let (head_dim, tile) = (self.head_dim, self.tile());
-        let block = &mut data[slot.block as usize * self.block()..][..self.block()];
-        let (keys, values) = block.split_at_mut(self.heads * tile);
-        let (key, value) = row.split_at(self.heads * head_dim);
-        for head in 0..self.heads {
-            let source = &key[head * head_dim..][..head_dim];
-            let columns = keys[head * tile..][..tile].chunks_exact_mut(KV_BLOCK);
-            for (column, value) in columns.zip(source) {
-                column[slot.offset] = *value;
+/// The tokens of one step and where they go.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTokens<'a> {
+    /// Row of a token in `rows`, and its slot.
+    pub slots: &'a [(usize, Slot)],
+    /// Rows of the step.
+    pub rows: &'a [f32],
+    /// Values from one row to the next.
+    pub stride: usize,
+    /// Where a row's key begins; its value follows.
+    pub first: usize,
+}
+
+/// Tokens from which other threads are woken to store: with half a microsecond each, more work than the waking.
+const PARALLEL_TOKENS: usize = 16;
+
+impl Native {
+    /// Stores many tokens. Threads divide the heads among themselves, since a head's part of a block belongs to no
+    /// other head, whatever the slots.
+    pub fn store_tokens(&self, kv: &mut KvCache, layer: usize, tokens: NewTokens<'_>) {
+        let writer = kv.writer(layer);
+        let store = |head: usize| {
+            for (row, slot) in tokens.slots {
+                let row = &tokens.rows[row * tokens.stride + tokens.first..(row + 1) * tokens.stride];
+                // SAFETY: the cache is borrowed exclusively, and each head has one thread.
+                unsafe { writer.store_head(*slot, head, row, self.ops()) };
             }
-            values[head * tile + slot.offset * head_dim..][..head_dim]
-                .copy_from_slice(&value[head * head_dim..][..head_dim]);
+        };
+        let heads = writer.shape.heads;
+        if tokens.slots.len() < PARALLEL_TOKENS {
+            return (0..heads).for_each(store);
+        }
+        self.parallel(&|thread| part(heads, thread, self.threads()).for_each(store));
+    }
+}
+
+/// One layer, to be written by several threads, each its own heads.
+#[derive(Clone, Copy)]
+struct Writer {
+    shape: KvShape,
+    half: Option<*mut u16>,
+    single: Option<*mut f32>,
+    len: usize,
+}
+
+// SAFETY: plain pointers to numbers; who writes what is the contract of `store_head`.
+unsafe impl Sync for Writer {}
+
+/// Values narrowed at a time, on the stack.
+const NARROW: usize = 64;
+
+impl Writer {
+    /// Stores key and value of one head of `row`, which is a key, then a value, `[heads, head_dim]` each.
+    ///
+    /// # Safety
+    /// The cache outlives the call, and no other thread uses this head's part of this layer meanwhile.
+    unsafe fn store_head(&self, slot: Slot, head: usize, row: &[f32], ops: Ops) {
+        let KvShape { heads, head_dim } = self.shape;
+        let (tile, block) = (self.shape.tile(), slot.block as usize * self.shape.block());
+        assert!(head < heads && slot.offset < KV_BLOCK && block + self.shape.block() <= self.len);
+        let (keys, values) = row.split_at(heads * head_dim);
+        let key = &keys[head * head_dim..][..head_dim];
+        let value = &values[head * head_dim..][..head_dim];
+        let key_at = block + head * tile + slot.offset;
+        let value_at = block + (heads + head) * tile + slot.offset * head_dim;
+        // SAFETY: both places lie in the head's part of the block, which lies in the layer by the assertion.
+        unsafe {
+            if let Some(data) = self.half {
+                let mut narrow = [0u16; NARROW];
+                for (index, part) in key.chunks(NARROW).enumerate() {
+                    ops.narrow_f16(part, &mut narrow[..part.len()]);
+                    let at = data.add(key_at + index * NARROW * KV_BLOCK);
+                    (0..part.len()).for_each(|d| *at.add(d * KV_BLOCK) = narrow[d]);
+                }
+                ops.narrow_f16(value, std::slice::from_raw_parts_mut(data.add(value_at), head_dim));
+            }
+            if let Some(data) = self.single {
+                (0..head_dim).for_each(|d| *data.add(key_at + d * KV_BLOCK) = key[d]);
+                std::slice::from_raw_parts_mut(data.add(value_at), head_dim).copy_from_slice(value);
+            }
         }
     }
 }
@@ -139,28 +221,30 @@ pub struct KvLayer<'a> {
     store: &'a Store,
 }
 
-impl KvLayer<'_> {
+/// Keys or values of one head in one block.
+#[derive(Clone, Copy, Debug)]
+pub enum KvPart<'a> {
+    /// f16 bits, in quantized models.
+    F16(&'a [u16]),
+    /// In bf16 models.
+    F32(&'a [f32]),
+}
+
+impl<'a> KvLayer<'a> {
     /// Shape of a block.
     pub fn shape(&self) -> KvShape {
         self.shape
     }
 
-    /// Keys of one head in one block as f32, `[head_dim, KV_BLOCK]`.
-    pub fn keys(&self, block: u32, head: usize, ops: Ops, out: &mut [f32]) {
-        self.read(block, head, ops, out);
-    }
-
-    /// Values of one head in one block as f32, `[KV_BLOCK, head_dim]`.
-    pub fn values(&self, block: u32, head: usize, ops: Ops, out: &mut [f32]) {
-        self.read(block, self.shape.heads + head, ops, out);
-    }
-
-    fn read(&self, block: u32, part: usize, ops: Ops, out: &mut [f32]) {
-        let (start, tile) =
-            (block as usize * self.shape.block() + part * self.shape.tile(), self.shape.tile());
-        match self.store {
-            Store::F16(data) => ops.widen_f16(&data[start..start + tile], out),
-            Store::F32(data) => out.copy_from_slice(&data[start..start + tile]),
-        }
+    /// Keys (`[head_dim, KV_BLOCK]`) and values (`[KV_BLOCK, head_dim]`) of one head in one block, in the same form.
+    pub fn head(&self, block: u32, head: usize) -> [KvPart<'a>; 2] {
+        [head, self.shape.heads + head].map(|part| {
+            let start = block as usize * self.shape.block() + part * self.shape.tile();
+            let range = start..start + self.shape.tile();
+            match self.store {
+                Store::F16(data) => KvPart::F16(&data[range]),
+                Store::F32(data) => KvPart::F32(&data[range]),
+            }
+        })
     }
 }

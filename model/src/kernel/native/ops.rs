@@ -6,6 +6,8 @@
 //! no length comes from outside.
 #![allow(unsafe_code, reason = "calls through the table, made safe by detection when the table is chosen")]
 
+use super::definition::Tempered;
+use super::dots::{self, Dots, DotsFunction};
 use super::elementwise::{self, RowFunctions};
 use super::isa::Isa;
 #[cfg(target_arch = "aarch64")]
@@ -26,13 +28,14 @@ pub struct NonFinite {
 type Widen = unsafe fn(&[u16], &mut [f32]);
 type Narrow = unsafe fn(&[f32], &mut [u16]);
 
-/// The operations of one instruction set. Two words; copy it where it is needed.
+/// The operations of one instruction set. A few words; copy it where it is needed.
 #[derive(Clone, Copy)]
 pub struct Ops {
     isa: Isa,
     rows: &'static RowFunctions,
     widen: Widen,
     narrow: Narrow,
+    dots: DotsFunction,
 }
 
 impl std::fmt::Debug for Ops {
@@ -65,7 +68,14 @@ impl Ops {
             Isa::Neon => (&elementwise::neon::ROWS, neon::widen_f16, neon::narrow_f16),
             _ => (&elementwise::scalar::ROWS, super::definition::widen_each, super::definition::narrow_each),
         };
-        Ops { isa, rows, widen, narrow }
+        let dots: DotsFunction = match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => dots::avx2,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => dots::avx512,
+            _ => dots::portable,
+        };
+        Ops { isa, rows, widen, narrow, dots }
     }
 
     /// The instruction set in use.
@@ -87,6 +97,19 @@ impl Ops {
         unsafe { (self.rows.dot_rows)(weights, x, out) }
     }
 
+    /// `dot16` of every row with every matrix row.
+    pub fn dots(self, task: Dots<'_>, out: &mut [f32]) {
+        let Dots { weights, x, inputs, row_step, output_step } = task;
+        assert!(inputs > 0 && weights.len().is_multiple_of(inputs) && x.len().is_multiple_of(inputs));
+        let (outputs, rows) = (weights.len() / inputs, x.len() / inputs);
+        if outputs == 0 || rows == 0 {
+            return;
+        }
+        assert!((rows - 1) * row_step + (outputs - 1) * output_step < out.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.dots)(task, out) }
+    }
+
     /// Sum in 16 lanes.
     pub fn sum16(self, x: &[f32]) -> f32 {
         // SAFETY: as in `dot16`.
@@ -104,6 +127,48 @@ impl Ops {
         assert!(x.len() == weight.len() && x.len() == out.len());
         // SAFETY: as in `dot16`.
         unsafe { (self.rows.rms_norm)(x, weight, eps, out) }
+    }
+
+    /// The same in place.
+    pub fn rms_norm_here(self, x: &mut [f32], weight: &[f32], eps: f32) {
+        assert_eq!(x.len(), weight.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.rms_norm_here)(x, weight, eps) }
+    }
+
+    /// `to[i] += x[i]`.
+    pub fn add(self, x: &[f32], to: &mut [f32]) {
+        assert_eq!(x.len(), to.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.add)(x, to) }
+    }
+
+    /// `to[i] += sums[i] * step`, the sum as f32 first.
+    pub fn add_sums(self, sums: &[i64], step: f32, to: &mut [f32]) {
+        assert_eq!(sums.len(), to.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.add_sums)(sums, step, to) }
+    }
+
+    /// Turns the pairs `(x[i], x[i + half])` by the angles with these cosines and sines, `[half]` each.
+    pub fn rotate(self, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert!(x.len() == 2 * cos.len() && x.len() == 2 * sin.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.rotate)(x, cos, sin) }
+    }
+
+    /// Whether no element is NaN or infinite.
+    pub fn is_finite(self, x: &[f32]) -> bool {
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.peak)(x) < f32::INFINITY.to_bits() }
+    }
+
+    /// Weights of a tempered softmax into `out` (as many as logits, or none), and their sum in 16 lanes that are
+    /// added up in ascending order.
+    pub fn tempered(self, logits: &[f32], by: Tempered, out: &mut [f64]) -> f64 {
+        assert!(out.is_empty() || out.len() == logits.len());
+        // SAFETY: as in `dot16`.
+        unsafe { (self.rows.tempered)(logits, by, out) }
     }
 
     /// Replaces x by `exp(x - max)` and returns the 16-lane sum: one step of a streaming softmax.
@@ -167,12 +232,25 @@ impl Ops {
             inputs > 0 && rows.len().is_multiple_of(inputs) && bytes.len() == rows.len() / inputs * stride
         );
         for (row, (x, to)) in rows.chunks_exact(inputs).zip(bytes.chunks_exact_mut(stride)).enumerate() {
-            let finite = if format.is_quantized() { self.quantize(x, to) } else { copy_row(x, to) };
-            if !finite {
+            if !self.fill_row(format, x, to) {
                 return Err(NonFinite { row });
             }
         }
         Ok(())
+    }
+
+    /// Fills one row of `row_bytes(format, x.len())`. False if it holds NaN or infinity.
+    pub fn fill_row(self, format: Format, x: &[f32], to: &mut [u8]) -> bool {
+        assert_eq!(to.len(), row_bytes(format, x.len()));
+        if format.is_quantized() { self.quantize(x, to) } else { self.copy_row(x, to) }
+    }
+
+    /// Copies a row of f32 and zeroes the rest. Whether all values are finite.
+    fn copy_row(self, x: &[f32], to: &mut [u8]) -> bool {
+        let (row, padding) = to.split_at_mut(x.len() * 4);
+        row.copy_from_slice(bytemuck::cast_slice(x));
+        padding.fill(0);
+        self.is_finite(x)
     }
 
     fn quantize(self, x: &[f32], to: &mut [u8]) -> bool {
@@ -185,11 +263,5 @@ impl Ops {
     }
 }
 
-/// Copies a row of f32 and zeroes the rest. Whether all values are finite.
-fn copy_row(x: &[f32], to: &mut [u8]) -> bool {
-    let (row, padding) = to.split_at_mut(x.len() * 4);
-    row.copy_from_slice(bytemuck::cast_slice(x));
-    padding.fill(0);
-    let peak = x.iter().fold(0u32, |peak, v| peak.max(v.to_bits() & 0x7fff_ffff));
-    peak < f32::INFINITY.to_bits()
-}
+#[cfg(test)]
+mod tests;
