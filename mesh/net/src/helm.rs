@@ -180,7 +180,9 @@ impl Helm {
             if let Some(ended) = ended {
                 // The seat stays taken: nobody drives what is being taken apart.
                 let runtime = self.runtime().take();
-                drop(runtime.map(Runtime::shutdown_background));
+                if let Some(runtime) = runtime {
+                    runtime.shutdown_background();
+                }
                 self.stand_up();
                 break ended;
             }
@@ -336,6 +338,8 @@ impl Drop for Helm {
     fn drop(&mut self) {
         // Waits for nothing, so it may happen anywhere.
         let runtime = self.runtime().take();
-        drop(runtime.map(Runtime::shutdown_background));
+        if let Some(runtime) = runtime {
+            runtime.shutdown_background();
+        }
     }
 }

@@ -107,12 +107,7 @@ impl Slot {
             assignments: call.assignments(),
             sent: now,
             deadline: now + Duration::from_micros(u64::from(head.budget_us)),
-            inner: Mutex::new(Inner {
-                state: State::Open,
-                took: Duration::ZERO,
-                waker: None,
-                sleeps: false,
-            }),
+            inner: Mutex::new(Inner { state: State::Open, took: Duration::ZERO, waker: None, sleeps: false }),
             done: AtomicBool::new(false),
             wake: Condvar::new(),
             abandoned: Notify::new(),
