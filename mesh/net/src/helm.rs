@@ -35,6 +35,8 @@ pub struct Helm {
     handle: Handle,
     seat: Arc<Seat>,
     spin: Duration,
+    /// Whether the network thread has a core beside the one that this process computes a short call on.
+    spare: bool,
 }
 
 impl std::fmt::Debug for Helm {
@@ -148,7 +150,8 @@ impl Helm {
             driver: None,
         };
         let seat = Arc::new(Seat { state: Mutex::new(state), changed: Condvar::new() });
-        Ok(Helm { handle: runtime.handle().clone(), runtime: Mutex::new(Some(runtime)), seat, spin })
+        let spare = std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 1);
+        Ok(Helm { handle: runtime.handle().clone(), runtime: Mutex::new(Some(runtime)), seat, spin, spare })
     }
 
     /// Makes this thread one that may create sockets.
@@ -237,8 +240,9 @@ impl Helm {
         self.seat.changed.notify_all();
     }
 
-    /// The seat for a guest; `None` where another has it, where all is over, or within a runtime.
-    fn take_turn(&self) -> Option<Turn<'_>> {
+    /// The seat for a guest; `None` where another has it, where all is over, or within a runtime. `insist` says
+    /// whether the network thread is to make room.
+    fn take_turn(&self, insist: bool) -> Option<Turn<'_>> {
         if Handle::try_current().is_ok() {
             return None;
         }
@@ -250,6 +254,7 @@ impl Helm {
                     state.release = false;
                     return Some(Turn(&self.seat));
                 }
+                Who::Network if !insist => return None,
                 Who::Network => {
                     state.wanted += 1;
                     state.wake_driver();
@@ -269,7 +274,7 @@ impl Helm {
     /// Drives until `future` is ready. `None` where this thread cannot drive (see the module) or may no longer: the
     /// caller then waits the ordinary way, and somebody else drives.
     pub fn steer<F: Future>(&self, future: F) -> Option<F::Output> {
-        let _turn = self.take_turn()?;
+        let _turn = self.take_turn(true)?;
         let runtime = self.runtime();
         let looks_until = (!self.spin.is_zero()).then(|| Instant::now() + self.spin);
         let mut future = pin!(future);
@@ -284,7 +289,9 @@ impl Helm {
             }
             drop(state);
             if looks_until.is_some_and(|until| Instant::now() < until) {
-                // Polled again after a look at the sockets that does not sleep.
+                // Polled again after a look at the sockets that does not sleep. Whoever else wants this core comes
+                // first: it may be the one who is to answer.
+                std::thread::yield_now();
                 cx.waker().wake_by_ref();
             }
             Poll::Pending
@@ -292,9 +299,10 @@ impl Helm {
     }
 
     /// Does `work`, which wakes tasks of this runtime, and lets them run until they wait for the network: what is to
-    /// be sent has left when it returns. Where this thread cannot drive, the network thread does that soon.
+    /// be sent has left when it returns. Where this thread cannot drive, or the network thread drives on a core of its
+    /// own, that one sends it.
     pub fn now<T>(&self, work: impl FnOnce() -> T) -> T {
-        let turn = self.take_turn();
+        let turn = self.take_turn(!self.spare);
         let runtime = turn.as_ref().map(|_| self.runtime());
         match runtime.as_ref().and_then(|runtime| runtime.as_ref()) {
             Some(runtime) => runtime.block_on(async {
