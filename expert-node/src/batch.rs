@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 
 use mesh_net::station::ReplySink;
 use mesh_wire::buffer::Buffer;
@@ -84,6 +85,31 @@ pub struct Queue {
 struct State {
     jobs: VecDeque<Job>,
     closed: bool,
+    /// Who is to be woken: the worker that drives the network while it waits,
+    waker: Option<Waker>,
+    /// or the one that sleeps.
+    sleeps: bool,
+}
+
+impl State {
+    /// The first call with all that join it, in order of arrival.
+    fn take(&mut self, batch: &mut Vec<Job>) -> bool {
+        let first = if self.closed { None } else { self.jobs.pop_front() };
+        let Some(first) = first else { return false };
+        let mut rows = first.call.head().rows;
+        batch.push(first);
+        let mut index = 0;
+        while let Some(job) = self.jobs.get(index) {
+            let more = rows.saturating_add(job.call.head().rows);
+            if more <= BATCH_ROWS_MAX && batch[0].joins(job) {
+                rows = more;
+                batch.extend(self.jobs.remove(index));
+            } else {
+                index += 1;
+            }
+        }
+        true
+    }
 }
 
 impl Queue {
@@ -100,8 +126,7 @@ impl Queue {
             return Err((Box::new(job), Rejected::Full));
         }
         state.jobs.push_back(job);
-        drop(state);
-        self.changed.notify_one();
+        self.wake(state);
         Ok(())
     }
 
@@ -115,25 +140,27 @@ impl Queue {
         self.len() == 0
     }
 
-    /// Waits for a call and takes it with all that join it, in order of arrival; `None` once the queue is closed.
-    pub fn next(&self) -> Option<Vec<Job>> {
-        let state = self.lock();
+    /// Waits for a call and puts it, with all that join it, into the empty `batch`, in order of arrival; false once
+    /// the queue is closed.
+    pub fn next(&self, batch: &mut Vec<Job>) -> bool {
+        let mut state = self.lock();
+        state.sleeps = true;
         let waiting = |state: &mut State| state.jobs.is_empty() && !state.closed;
-        let mut state = self.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
-        let first = if state.closed { None } else { state.jobs.pop_front() }?;
-        let mut rows = first.call.head().rows;
-        let mut batch = vec![first];
-        let mut index = 0;
-        while let Some(job) = state.jobs.get(index) {
-            let more = rows.saturating_add(job.call.head().rows);
-            if more <= BATCH_ROWS_MAX && batch[0].joins(job) {
-                rows = more;
-                batch.extend(state.jobs.remove(index));
-            } else {
-                index += 1;
-            }
+        state = self.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
+        state.sleeps = false;
+        state.take(batch)
+    }
+
+    /// `next` for a worker that does something else while it waits. One worker at a time.
+    pub fn poll_next(&self, batch: &mut Vec<Job>, context: &Context<'_>) -> Poll<bool> {
+        let mut state = self.lock();
+        if !state.jobs.is_empty() || state.closed {
+            return Poll::Ready(state.take(batch));
         }
-        Some(batch)
+        if !state.waker.as_ref().is_some_and(|known| known.will_wake(context.waker())) {
+            state.waker = Some(context.waker().clone());
+        }
+        Poll::Pending
     }
 
     /// Ends `next`, refuses further calls, and hands back those that wait.
@@ -141,9 +168,21 @@ impl Queue {
         let mut state = self.lock();
         state.closed = true;
         let jobs = std::mem::take(&mut state.jobs);
-        drop(state);
-        self.changed.notify_all();
+        self.wake(state);
         jobs.into()
+    }
+
+    /// Wakes the worker, if it waits.
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        let (waker, sleeps) = (state.waker.take(), state.sleeps);
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        // A system call, whether or not somebody sleeps.
+        if sleeps {
+            self.changed.notify_all();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

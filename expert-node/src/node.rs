@@ -1,14 +1,17 @@
 //! The node: puts the parts together, starts their two threads and ends them.
 //!
-//! The network thread (`Station`) moves frames and never computes; the worker thread computes and never touches the
-//! network; between them is the queue. If either ends, the other is ended too: half a node would only make the
-//! router wait.
+//! The worker thread computes. While it waits for a call it drives the network itself, so that a decode call is
+//! computed by the thread that read it and answered by the thread that computed it. The network thread does so at
+//! all other times and never computes (`mesh_net::helm`). Between them is the queue. If either ends, the other is
+//! ended too: half a node would only make the router wait.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use mesh_net::helm::Helm;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_net::station::{Station, StationConfig, StationError, Stop};
@@ -121,7 +124,9 @@ impl ExpertNode {
         let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
         let queue = Arc::new(Queue::default());
         let pool = Pool::new(config.pool_bytes_max);
-        let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone()).paced(pace);
+        let helm = Arc::new(Helm::new(spin(config.threads))?);
+        let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone());
+        let worker = worker.paced(pace).at(Arc::clone(&helm));
         let counters = worker.counters();
         let service =
             Service::new(hello.clone(), Arc::clone(&shard), Arc::clone(&queue), Arc::clone(&counters));
@@ -138,7 +143,7 @@ impl ExpertNode {
         let (calls, stopped) = (Arc::clone(&service), stop.clone());
         let network = spawn("network", move || {
             let _ended = ended;
-            Station::run(station, calls, &stopped)
+            Station::run_at(&helm, station, calls, &stopped)
         })?;
         let threads = Some(Threads { network, worker });
         Ok(ExpertNode { hello, service, shard, queue, counters, stop, threads })
@@ -194,6 +199,15 @@ impl Drop for ExpertNode {
     fn drop(&mut self) {
         self.shutdown();
     }
+}
+
+/// How long the worker looks for the next call before it sleeps: about what a router computes between two layers of
+/// a decode step. None where its threads outnumber the cores it may use.
+const SPIN: Duration = Duration::from_micros(500);
+
+fn spin(threads: u16) -> Duration {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if usize::from(threads) <= cores { SPIN } else { Duration::ZERO }
 }
 
 /// Ends the network when the worker ends.

@@ -1,17 +1,22 @@
 //! The one thread that computes: takes calls from the queue, runs the kernel, writes replies.
 //!
+//! While it has nothing to compute it drives the network (`mesh_net::helm`), and it puts short replies on the wire
+//! itself. Before a batch of many rows it hands the network to the network thread at once: such a batch takes long.
+//!
 //! One thread, because the kernels have a pool of their own and streaming weights is limited by memory: two calls
 //! at once would only finish together. A call goes in as the bytes the network delivered and comes out as a frame
 //! ready to send; what is allocated on the way is kept for the next one. Everything a call can get wrong is refused
 //! with a reason, and so is a panic of a kernel: the process goes on, the router computes the call itself.
 
 use std::any::Any;
+use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use mesh_wire::buffer::Pool;
+use mesh_net::helm::Helm;
+use mesh_wire::buffer::{Buffer as Frame, Pool};
 use mesh_wire::control::Refusal;
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::{ReplyHead, encode_sums};
@@ -19,8 +24,16 @@ use model::activations::{Activations, row_bytes};
 use model::kernel::{Assignment, LayerExperts, PartialSums};
 use model::region::Buffer;
 
-use crate::batch::{Job, Queue};
+use crate::batch::{Answer, Job, Queue};
 use crate::shard::{Missing, Shape, Shard};
+
+/// Rows of a batch that counts as short: a decode step of a few requests. A kernel reads the weights of its experts
+/// once, whatever the rows, and that many rows of eight experts each take a few milliseconds.
+const SHORT_ROWS_MAX: u32 = 16;
+
+/// Replies that the worker puts on the wire itself, altogether: what a short batch of a model 2560 wide yields in i16.
+/// Encrypting and sending more keeps it from the next batch for longer than waking the network thread takes.
+const SEND_HERE_BYTES_MAX: usize = 80 << 10;
 
 /// Counts since the process started.
 #[derive(Debug, Default)]
@@ -52,8 +65,12 @@ pub struct Worker {
     shape: Shape,
     /// Floor under the time of a kernel entry, in bytes of weights per second; for studies.
     pace_bytes_s: Option<f64>,
+    /// What to drive while there is nothing to compute.
+    helm: Option<Arc<Helm>>,
     /// Replies are written into buffers of this.
     pool: Pool,
+    /// Replies of a batch, ready to be sent.
+    answers: Vec<(Box<dyn Answer>, Frame)>,
     /// Rows of a batch of several calls, one after the other.
     rows: Buffer,
     assignments: Vec<Assignment>,
@@ -72,7 +89,9 @@ impl Worker {
             shard,
             counters: Arc::default(),
             pace_bytes_s: None,
+            helm: None,
             pool,
+            answers: Vec::new(),
             rows: Buffer::zeroed(0),
             assignments: Vec::new(),
             sums: PartialSums::default(),
@@ -87,6 +106,13 @@ impl Worker {
         self
     }
 
+    /// Has it drive the network while it waits.
+    #[must_use]
+    pub fn at(mut self, helm: Arc<Helm>) -> Worker {
+        self.helm = Some(helm);
+        self
+    }
+
     /// What it did so far.
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
@@ -94,35 +120,53 @@ impl Worker {
 
     /// Computes until the queue is closed.
     pub fn run(mut self) {
-        while let Some(batch) = self.queue.next() {
-            self.compute(batch);
+        let mut batch = Vec::new();
+        while self.next(&mut batch) {
+            let rows: u32 = batch.iter().map(|job| job.call.head().rows).sum();
+            if rows > SHORT_ROWS_MAX {
+                self.helm.iter().for_each(|helm| helm.release());
+            }
+            self.compute(&mut batch);
         }
     }
 
-    /// Answers every call of a batch.
-    pub fn compute(&mut self, batch: Vec<Job>) {
-        let mut ready = Vec::with_capacity(batch.len());
+    /// Waits for the next batch; false once the queue is closed.
+    fn next(&self, batch: &mut Vec<Job>) -> bool {
+        if let Some(helm) = &self.helm
+            && self.queue.is_empty()
+            && let Some(more) = helm.steer(poll_fn(|context| self.queue.poll_next(batch, context)))
+        {
+            return more;
+        }
+        // Calls wait, or another thread drives.
+        self.queue.next(batch)
+    }
+
+    /// Answers every call of a batch and leaves it empty.
+    pub fn compute(&mut self, batch: &mut Vec<Job>) {
         let mut layer = None;
-        for job in batch {
+        let mut at = 0;
+        while let Some(job) = batch.get(at) {
             if !job.answer.is_wanted() {
                 count(&self.counters.unwanted, 1);
+                drop(batch.remove(at));
                 continue;
             }
-            match self.admit(&job) {
+            match self.admit(job) {
                 Ok(experts) => {
                     layer = Some(experts);
-                    ready.push(job);
+                    at += 1;
                 }
-                Err((refusal, detail)) => self.refuse(job, refusal, &detail),
+                Err((refusal, detail)) => self.refuse(batch.remove(at), refusal, &detail),
             }
         }
         let Some(layer) = layer else { return };
         let started = Instant::now();
-        match self.run_kernel(&*layer, &ready) {
-            Ok(()) => self.reply(ready, started.elapsed()),
+        match self.run_kernel(&*layer, batch) {
+            Ok(()) => self.reply(batch, started.elapsed()),
             Err((refusal, detail)) => {
-                tracing::error!(calls = ready.len(), "{detail}");
-                ready.into_iter().for_each(|job| self.refuse(job, refusal, &detail));
+                tracing::error!(calls = batch.len(), "{detail}");
+                batch.drain(..).for_each(|job| self.refuse(job, refusal, &detail));
             }
         }
     }
@@ -190,12 +234,12 @@ impl Worker {
         Some(Instant::now() + Duration::try_from_secs_f64(seconds).unwrap_or(PACE_MAX).min(PACE_MAX))
     }
 
-    fn reply(&mut self, jobs: Vec<Job>, service: Duration) {
+    fn reply(&mut self, jobs: &mut Vec<Job>, service: Duration) {
         let service_us = u32::try_from(service.as_micros()).unwrap_or(u32::MAX);
         count(&self.counters.busy_us, u64::from(service_us));
         let hidden = self.shape.hidden;
         let mut first = 0;
-        for job in jobs {
+        for job in jobs.drain(..) {
             let head = *job.call.head();
             let rows = first..first + head.rows as usize;
             first = rows.end;
@@ -210,10 +254,27 @@ impl Worker {
                 Ok(frame) => {
                     count(&self.counters.calls, 1);
                     count(&self.counters.rows, u64::from(head.rows));
-                    job.answer.complete(frame);
+                    self.answers.push((job.answer, frame));
                 }
                 Err(error) => self.refuse(job, Refusal::Busy, &error.to_string()),
             }
+        }
+        self.send();
+    }
+
+    /// Hands over the replies. Short ones have left the machine when it returns; the rest of long ones is left to
+    /// the network thread, as the next batch need not wait for it.
+    fn send(&mut self) {
+        let answers = &mut self.answers;
+        let bytes: usize = answers.iter().map(|(_, frame)| frame.frame().len()).sum();
+        let mut complete = || answers.drain(..).for_each(|(answer, frame)| answer.complete(frame));
+        match &self.helm {
+            Some(helm) if bytes <= SEND_HERE_BYTES_MAX => helm.now(complete),
+            Some(helm) => {
+                complete();
+                helm.release();
+            }
+            None => complete(),
         }
     }
 

@@ -1,6 +1,8 @@
 //! The queue.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::Wake;
 
 use mesh_wire::buffer::Pool;
 
@@ -9,6 +11,11 @@ use crate::fixture::{self, call};
 
 fn job(pool: &Pool, number: u64, layer: u16, rows: usize) -> Job {
     fixture::job(call(pool, (number, 1, layer), &vec![1; rows], &[(0, 0, 1.0)])).0
+}
+
+fn next(queue: &Queue) -> Option<Vec<Job>> {
+    let mut batch = Vec::new();
+    queue.next(&mut batch).then_some(batch)
 }
 
 fn numbers(batch: &[Job]) -> Vec<u64> {
@@ -24,10 +31,10 @@ fn calls_of_one_layer_leave_together_and_others_keep_their_order() {
         queue.push(job(&pool, number, layer, rows)).unwrap();
     }
     assert_eq!(queue.len(), 7);
-    assert_eq!(numbers(&queue.next().unwrap()), [1, 3, 5], "up to {BATCH_ROWS_MAX} rows");
-    assert_eq!(numbers(&queue.next().unwrap()), [2, 4]);
-    assert_eq!(numbers(&queue.next().unwrap()), [6]);
-    assert_eq!(numbers(&queue.next().unwrap()), [7], "a large one goes alone");
+    assert_eq!(numbers(&next(&queue).unwrap()), [1, 3, 5], "up to {BATCH_ROWS_MAX} rows");
+    assert_eq!(numbers(&next(&queue).unwrap()), [2, 4]);
+    assert_eq!(numbers(&next(&queue).unwrap()), [6]);
+    assert_eq!(numbers(&next(&queue).unwrap()), [7], "a large one goes alone");
     assert!(queue.is_empty());
 }
 
@@ -37,8 +44,8 @@ fn epochs_do_not_mix() {
     for epoch in [1, 2] {
         queue.push(fixture::job(call(&pool, (epoch, epoch, 1), &[1], &[(0, 0, 1.0)])).0).unwrap();
     }
-    assert_eq!(numbers(&queue.next().unwrap()), [1]);
-    assert_eq!(numbers(&queue.next().unwrap()), [2]);
+    assert_eq!(numbers(&next(&queue).unwrap()), [1]);
+    assert_eq!(numbers(&next(&queue).unwrap()), [2]);
 }
 
 #[test]
@@ -57,8 +64,8 @@ fn closing_wakes_the_worker_and_hands_back_what_waits() {
     let waiter = std::thread::spawn({
         let queue = Arc::clone(&queue);
         move || {
-            let first = queue.next().map(|batch| numbers(&batch));
-            (first, queue.next().is_none())
+            let first = next(&queue).map(|batch| numbers(&batch));
+            (first, next(&queue).is_none())
         }
     });
     queue.push(job(&pool, 1, 1, 1)).unwrap();
@@ -68,4 +75,32 @@ fn closing_wakes_the_worker_and_hands_back_what_waits() {
     assert_eq!(taken.into_iter().flatten().chain(handed_back).collect::<Vec<_>>(), [1]);
     assert!(ended);
     assert_eq!(queue.push(job(&pool, 2, 1, 1)).unwrap_err().1, Rejected::Closed);
+}
+
+#[test]
+fn a_worker_that_does_something_else_is_woken_by_a_call_and_by_the_end() {
+    struct Woken(AtomicU32);
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+    let woken = Arc::new(Woken(AtomicU32::new(0)));
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut context = Context::from_waker(&waker);
+    let (pool, queue, mut batch) = (Pool::new(1 << 24), Queue::default(), Vec::new());
+    assert!(queue.poll_next(&mut batch, &mut context).is_pending());
+    queue.push(job(&pool, 1, 1, 1)).unwrap();
+    assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+    // Somebody who looks already is not woken.
+    queue.push(job(&pool, 2, 3, 1)).unwrap();
+    assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+    for number in [1, 2] {
+        assert_eq!(queue.poll_next(&mut batch, &mut context), Poll::Ready(true));
+        assert_eq!(numbers(&std::mem::take(&mut batch)), [number]);
+    }
+    assert!(queue.poll_next(&mut batch, &mut context).is_pending());
+    assert!(queue.close().is_empty());
+    assert_eq!(woken.0.load(Ordering::SeqCst), 2);
+    assert_eq!(queue.poll_next(&mut batch, &mut context), Poll::Ready(false));
 }

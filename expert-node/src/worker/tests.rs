@@ -29,9 +29,10 @@ fn setup() -> Setup {
 
 impl Setup {
     fn compute(&mut self, calls: Vec<Call>) -> Vec<Answers> {
-        let (jobs, answers): (Vec<_>, Vec<_>) =
+        let (mut jobs, answers): (Vec<_>, Vec<_>) =
             calls.into_iter().map(job).map(|(job, to, _)| (job, to)).unzip();
-        self.worker.compute(jobs);
+        self.worker.compute(&mut jobs);
+        assert!(jobs.is_empty());
         answers
     }
 
@@ -155,7 +156,7 @@ fn unwanted_calls_are_dropped_unseen() {
     let mut setup = setup();
     let (job, answers, wanted) = job(call(&setup.pool, (1, 1, 1), &[1], &[(0, 0, 1.0)]));
     wanted.store(false, Ordering::Relaxed);
-    setup.worker.compute(vec![job]);
+    setup.worker.compute(&mut vec![job]);
     assert!(answers.try_recv().is_err());
     assert_eq!(setup.kernels.entries.load(Ordering::Relaxed), 0);
     assert_eq!(setup.worker.counters().unwanted.load(Ordering::Relaxed), 1);

@@ -1,31 +1,34 @@
 //! What a call costs beside the bare transports under it, measured in one run.
 //!
-//! Three ways to send 2.3 KB and get 4 KB back, the sizes of a decode call to a model 2048 wide: a TCP echo without
-//! Nagle's delay, a quinn echo over one stream with our transport settings and TLS, and the whole way of a call:
-//! waiting thread, hub, QUIC, station, worker thread, and back, with a service that computes nothing. Each side runs
-//! on a current-thread runtime on its own thread and nobody polls busily. Rounds of the three alternate, so that a
-//! noisy neighbour hits all of them; percentiles are over all rounds. Prints nothing: `moemesh bench link` does.
+//! Four ways to send 2.3 KB and get 4 KB back, the sizes of a decode call to a model 2048 wide: a TCP echo without
+//! Nagle's delay, a quinn echo over one stream with our transport settings and TLS, the whole way of a call (waiting
+//! thread, hub, QUIC, station, worker thread, and back, with a service that computes nothing), and the same frames,
+//! built, validated and pooled alike, over a TCP stream. That TCP lane exists for this comparison only: it knows no
+//! keys and no budgets. Each side runs on a current-thread runtime on its own thread, and nobody polls busily unless
+//! `spin` says so. Rounds of the four alternate, so that a noisy neighbour hits all of them; percentiles are over all
+//! rounds. Prints nothing: `moemesh bench link` does.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mesh_proto::facts::ModelFacts;
-use mesh_wire::buffer::Pool;
-use mesh_wire::call::{Assignment, Call, CallDraft, CallHead};
+use mesh_wire::buffer::{Buffer, Pool};
+use mesh_wire::call::{Assignment, Call, CallDraft, CallHead, OutgoingCall};
 use mesh_wire::control::{Health, Hello, Placed, Placement};
-use mesh_wire::frame::FrameError;
+use mesh_wire::frame::{FrameError, HEADER_BYTES, Header, Op};
 use mesh_wire::payload::{RowFormat, SumWidth};
-use mesh_wire::reply::{ReplyDraft, ReplyHead};
+use mesh_wire::reply::{Reply, ReplyDraft, ReplyHead};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
 
 use crate::endpoint::{self, EndpointError};
+use crate::helm::Helm;
 use crate::hub::{Hub, HubConfig, HubError, Lane};
 use crate::identity::{Identity, IdentityError};
 use crate::pending::CallError;
@@ -40,7 +43,7 @@ const HIDDEN: u32 = 2048;
 const OUT_BYTES: usize = 2304;
 const BACK_BYTES: usize = 4096;
 
-/// Alternations of the three ways.
+/// Alternations of the four ways.
 const ROUNDS: usize = 5;
 
 /// Exchanges before each round that are not counted.
@@ -94,6 +97,8 @@ pub struct LinkBench {
     pub calls: usize,
     /// Forward thread to node's worker and back.
     pub call: Percentiles,
+    /// The same frames over TCP.
+    pub tcp_call: Percentiles,
     /// Bare quinn echo.
     pub quinn_echo: Percentiles,
     /// Bare TCP echo.
@@ -108,19 +113,22 @@ pub fn bench_link(calls: usize, spin: Duration) -> Result<LinkBench, BenchError>
     let per_round = calls.div_ceil(ROUNDS).max(1);
     let keys = Keys::generate()?;
     let mut tcp = TcpEcho::start()?;
+    let mut tcp_lane = TcpLane::start()?;
     let mut quinn = QuinnEcho::start(&keys)?;
     let link = CallLink::start(&keys, spin)?;
-    let mut times: [Vec<Duration>; 3] = Default::default();
+    let mut times: [Vec<Duration>; 4] = Default::default();
     for _ in 0..ROUNDS {
         tcp.round(per_round, &mut times[0])?;
         quinn.round(per_round, &mut times[1])?;
-        link.round(per_round, &mut times[2])?;
+        tcp_lane.round(per_round, &mut times[2])?;
+        link.round(per_round, &mut times[3])?;
     }
-    let [tcp_times, quinn_times, call_times] = times;
+    let [tcp_times, quinn_times, lane_times, call_times] = times;
     link.stop();
     Ok(LinkBench {
         calls: call_times.len(),
         call: percentiles(call_times),
+        tcp_call: percentiles(lane_times),
         quinn_echo: percentiles(quinn_times),
         tcp_echo: percentiles(tcp_times),
     })
@@ -267,26 +275,108 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
     std::thread::Builder::new().name(name.to_owned()).spawn(body)
 }
 
-/// Answers with zeros, on a thread of its own.
+/// The call of one decode step: one row through eight experts.
+fn decode_call(pool: &Pool, call: u64) -> Result<OutgoingCall, FrameError> {
+    let head = CallHead {
+        call,
+        step: 1,
+        epoch: 1,
+        budget_us: 10_000_000,
+        layer: 0,
+        format: RowFormat::Int8,
+        hidden: HIDDEN,
+        rows: 1,
+    };
+    let assignments: [_; 8] = std::array::from_fn(|expert| Assignment::new(0, expert as u16, 0.125));
+    Ok(CallDraft::new(pool, head, &assignments)?.finish())
+}
+
+/// Zeros for every row of the call.
+fn zeros(pool: &Pool, call: &Call) -> Result<Buffer, FrameError> {
+    let head = call.head();
+    let reply = ReplyHead { call: head.call, service_us: 0, hidden: head.hidden };
+    // As many as a decode call of this bench has.
+    let widths = [SumWidth::I16];
+    Ok(ReplyDraft::new(pool, reply, &widths)?.finish())
+}
+
+/// The frames of a call and its reply over a TCP stream, built and checked as on a lane.
+struct TcpLane {
+    runtime: Runtime,
+    stream: TcpStream,
+    pool: Pool,
+}
+
+impl TcpLane {
+    fn start() -> Result<TcpLane, BenchError> {
+        let theirs = runtime()?;
+        let listener = theirs.block_on(TcpListener::bind(loopback()))?;
+        let address = listener.local_addr()?;
+        spawn("bench-tcp-lane", move || {
+            let served = TcpLane::serve(&theirs, &listener);
+            tracing::debug!(?served, "the TCP lane ended");
+        })?;
+        let runtime = runtime()?;
+        let stream = runtime.block_on(TcpStream::connect(address))?;
+        stream.set_nodelay(true)?;
+        Ok(TcpLane { runtime, stream, pool: Pool::new(StationConfig::POOL_BYTES_MAX) })
+    }
+
+    /// A worker that drives its end of the stream while it has nothing to compute.
+    fn serve(runtime: &Runtime, listener: &TcpListener) -> Result<(), BenchError> {
+        let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
+        let (mut stream, _) = runtime.block_on(listener.accept())?;
+        stream.set_nodelay(true)?;
+        loop {
+            let frame = runtime.block_on(read_frame(&mut stream, &pool, Op::Call))?;
+            let call = Call::parse(frame).map_err(|bad| bad.error)?;
+            let reply = zeros(&pool, &call)?;
+            runtime.block_on(stream.write_all(reply.frame()))?;
+        }
+    }
+
+    fn round(&mut self, count: usize, times: &mut Vec<Duration>) -> Result<(), BenchError> {
+        for at in 0..WARM_UP + count {
+            let start = Instant::now();
+            let frame = decode_call(&self.pool, at as u64 + 1)?.into_buffer();
+            self.runtime.block_on(self.stream.write_all(frame.frame()))?;
+            let frame = self.runtime.block_on(read_frame(&mut self.stream, &self.pool, Op::Reply))?;
+            Reply::parse(frame)?.view().check_against(at as u64 + 1, 1, HIDDEN)?;
+            if at >= WARM_UP {
+                times.push(start.elapsed());
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn read_frame(stream: &mut TcpStream, pool: &Pool, op: Op) -> Result<Buffer, BenchError> {
+    let mut header = [0; HEADER_BYTES];
+    stream.read_exact(&mut header).await?;
+    let mut buffer = pool.take(Header::parse(header, &[op])?)?;
+    stream.read_exact(buffer.body_mut()).await?;
+    Ok(buffer)
+}
+
+/// Answers with zeros, on a thread of its own that takes the station's helm while it waits, as a node's worker does.
 struct Idle {
-    work: Mutex<Sender<(Call, ReplySink)>>,
+    work: mpsc::Sender<(Call, ReplySink)>,
 }
 
 impl Idle {
-    fn start() -> io::Result<Idle> {
-        let (work, inbox) = channel::<(Call, ReplySink)>();
+    fn start(helm: Arc<Helm>) -> io::Result<Idle> {
+        // One call is under way at a time.
+        let (work, mut inbox) = mpsc::channel::<(Call, ReplySink)>(1);
         spawn("bench-worker", move || {
-            while let Ok((call, sink)) = inbox.recv() {
-                let head = call.head();
-                let reply = ReplyHead { call: head.call, service_us: 0, hidden: head.hidden };
-                let widths = vec![SumWidth::I16; head.rows as usize];
-                match ReplyDraft::new(sink.pool(), reply, &widths) {
-                    Ok(draft) => sink.complete(draft.finish()),
+            // Refused only when the station has ended.
+            while let Some(Some((call, sink))) = helm.steer(inbox.recv()) {
+                match zeros(sink.pool(), &call) {
+                    Ok(reply) => helm.now(|| sink.complete(reply)),
                     Err(error) => tracing::error!(%error, "bench link"),
                 }
             }
         })?;
-        Ok(Idle { work: Mutex::new(work) })
+        Ok(Idle { work })
     }
 }
 
@@ -310,9 +400,8 @@ impl NodeService for Idle {
     }
 
     fn call(&self, call: Call, sink: ReplySink) {
-        // One call is under way at a time, so the channel never grows. Fails only when the worker is gone.
-        let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(work.send((call, sink)));
+        // Fails only when the worker is gone.
+        drop(self.work.try_send((call, sink)));
     }
 
     fn health(&self) -> Health {
@@ -339,11 +428,12 @@ impl CallLink {
             routers: vec![hub.local_addr()],
             pool: Pool::new(StationConfig::POOL_BYTES_MAX),
         };
-        let service = Arc::new(Idle::start()?);
+        let helm = Arc::new(Helm::new(spin)?);
+        let service = Arc::new(Idle::start(Arc::clone(&helm))?);
         let stop = Stop::new();
         let stop_there = stop.clone();
         let station = spawn("bench-station", move || {
-            if let Err(error) = Station::run(config, service, &stop_there) {
+            if let Err(error) = Station::run_at(&helm, config, service, &stop_there) {
                 tracing::error!(%error, "bench link");
             }
         })?;
@@ -357,21 +447,10 @@ impl CallLink {
     }
 
     fn round(&self, count: usize, times: &mut Vec<Duration>) -> Result<(), BenchError> {
-        let assignments: Vec<_> = (0..8).map(|expert| Assignment::new(0, expert, 0.125)).collect();
         for at in 0..WARM_UP + count {
             let start = Instant::now();
-            let head = CallHead {
-                call: at as u64 + 1,
-                step: 1,
-                epoch: 1,
-                budget_us: 10_000_000,
-                layer: 0,
-                format: RowFormat::Int8,
-                hidden: HIDDEN,
-                rows: 1,
-            };
-            let draft = CallDraft::new(self.hub.pool(), head, &assignments)?;
-            self.hub.send(0, Lane::Decode, draft.finish()).wait()?;
+            let call = decode_call(self.hub.pool(), at as u64 + 1)?;
+            self.hub.send(0, Lane::Decode, call).wait()?;
             if at >= WARM_UP {
                 times.push(start.elapsed());
             }

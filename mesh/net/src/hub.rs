@@ -1,12 +1,14 @@
 //! The router's side: a thread that keeps the nodes connected and carries calls for the compute thread.
 //!
 //! The compute thread is synchronous. It reads the routes (one short read lock), asks for a budget, hands calls to
-//! `send` (never blocks) and waits for each `PendingCall`. On the hub's thread a current-thread tokio runtime
-//! accepts connections, runs one task per lane, and drives the cluster's pure logic: whatever happens is fed
-//! to `Cluster::handle`, and its actions are carried out. Nothing else decides about placement or trust.
+//! `send` and waits for each `PendingCall`. A current-thread tokio runtime accepts connections, runs one task per
+//! lane, and drives the cluster's pure logic: whatever happens is fed to `Cluster::handle`, and its actions are
+//! carried out. Nothing else decides about placement or trust.
 //!
-//! The price: one hand-over between threads per call and one per reply. Refuses to start for an identity that is not
-//! the roster's router.
+//! The hub's thread drives that runtime, but for decode calls, which are short and many: those the compute thread
+//! sends itself, and it drives while it waits for their replies, so no thread is woken on the way (`helm`). Prefill
+//! calls are handed to the hub's thread, as their megabytes are to move while the compute thread computes. Refuses
+//! to start for an identity that is not the roster's router.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,12 +26,12 @@ use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 use quinn::{Endpoint, Incoming};
 use thiserror::Error;
-use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::endpoint::{self, Close, EndpointError};
+use crate::helm::Helm;
 use crate::identity::Identity;
 use crate::lane::Job;
 pub use crate::lane::Lane;
@@ -52,6 +54,10 @@ const GREETING_MAX: usize = 64;
 /// first packets then costs one small packet each and no memory.
 const GREETING_UNPROVEN_MAX: usize = 16;
 
+/// Largest frame that the sending thread puts on the wire itself: 16 rows of a model 4096 wide. Larger ones need
+/// several round trips or keep a core busy for longer than waking the network thread takes.
+const SEND_HERE_BYTES_MAX: usize = 80 << 10;
+
 /// Commands from other threads that may wait.
 const COMMANDS_MAX: usize = 16;
 
@@ -68,7 +74,8 @@ pub struct HubConfig {
     pub facts: ModelFacts,
     /// When plans are made and who takes part.
     pub policy: Policy,
-    /// How long a waiting thread looks before it sleeps; zero where threads share cores.
+    /// How long a thread that waits for a decode call looks for packets before it sleeps; zero where threads share
+    /// cores.
     pub spin: Duration,
     /// Bytes of frames that may be under way.
     pub pool_bytes_max: usize,
@@ -191,7 +198,7 @@ struct Shared {
 pub struct Hub {
     shared: Arc<Shared>,
     local: SocketAddr,
-    spin: Duration,
+    helm: Arc<Helm>,
     commands: mpsc::Sender<Command>,
     /// Set once, to the reason; not a command, as a queue may be full.
     stop: watch::Sender<Option<String>>,
@@ -217,22 +224,22 @@ impl Hub {
             let key = config.identity.id().to_hex();
             return Err(HubError::NotTheRouter { key, router: router.name.clone() });
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let helm = Arc::new(Helm::new(config.spin)?);
         let endpoint = {
-            let _entered = runtime.enter();
+            let _entered = helm.enter();
             endpoint::listen(&config.identity, &config.roster, config.listen)?
         };
         let local =
             endpoint.local_addr().map_err(|source| EndpointError::Bind { address: config.listen, source })?;
-        let spin = config.spin;
         let shared = Arc::new(Shared::new(config));
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (stop, stopped) = watch::channel(None);
         let server = Server { shared: Arc::clone(&shared), endpoint, sessions: JoinSet::new() };
+        let network = Arc::clone(&helm);
         let thread = std::thread::Builder::new()
             .name("mesh-hub".into())
-            .spawn(move || server.run(runtime, inbox, stopped))?;
-        Ok(Hub { shared, local, spin, commands, stop, thread: Mutex::new(Some(thread)) })
+            .spawn(move || network.keep(server.serve(inbox, stopped)))?;
+        Ok(Hub { shared, local, helm, commands, stop, thread: Mutex::new(Some(thread)) })
     }
 
     /// Where it listens.
@@ -257,14 +264,24 @@ impl Hub {
         self.shared.cluster().budget(node, assignments.saturating_add(out))
     }
 
-    /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. Never blocks: where the call cannot be
+    /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. A decode call has left the machine when
+    /// this returns, if the node's lanes and the link are free. Never waits for the node: where the call cannot be
     /// sent, `wait` says so at once.
     pub fn send(&self, node: NodeIndex, lane: Lane, call: OutgoingCall) -> PendingCall {
         let slot = Slot::new(&call, Instant::now());
-        let pending = PendingCall::new(Arc::clone(&slot), self.spin);
+        let here = lane == Lane::Decode && call.frame_bytes() <= SEND_HERE_BYTES_MAX;
+        let pending = PendingCall::new(Arc::clone(&slot), here.then(|| Arc::clone(&self.helm)));
         let seat = self.shared.seats.get(usize::from(node));
         match seat.and_then(|seat| Some((seat.link().clone()?, &seat.tally))) {
-            Some((link, tally)) => link.queue(lane).push(Job::new(slot, call, Arc::clone(tally))),
+            Some((link, tally)) => {
+                let job = Job::new(slot, call, Arc::clone(tally));
+                if here {
+                    self.helm.now(|| link.queue(lane).push(job));
+                } else {
+                    link.queue(lane).push(job);
+                    self.helm.release();
+                }
+            }
             None => drop(slot.complete(Err(CallError::Gone))),
         }
         pending
@@ -404,7 +421,7 @@ impl Shared {
     }
 }
 
-/// Only the network thread feeds, so actions are carried out in the order they were decided in.
+/// Only the runtime's tasks feed, one at a time, so actions are carried out in the order they were decided in.
 impl Feed for Shared {
     fn feed(&self, event: Event) {
         let quiet = matches!(event, Event::Answered { .. } | Event::Tick);
@@ -419,7 +436,7 @@ impl Feed for Shared {
     }
 }
 
-/// What runs on the network thread.
+/// The task that everything else of the hub hangs on.
 struct Server {
     shared: Arc<Shared>,
     endpoint: Endpoint,
@@ -427,11 +444,6 @@ struct Server {
 }
 
 impl Server {
-    fn run(self, runtime: Runtime, inbox: mpsc::Receiver<Command>, stop: watch::Receiver<Option<String>>) {
-        runtime.block_on(self.serve(inbox, stop));
-        runtime.shutdown_background();
-    }
-
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>, mut stop: watch::Receiver<Option<String>>) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

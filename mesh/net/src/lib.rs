@@ -5,8 +5,8 @@
 //! of one call, `endpoint` sets up QUIC for a LAN, `tls` decides who may talk at all, `roster` and `identity` are
 //! the files behind that. `bench_link` measures what all this costs.
 //!
-//! Both sides run on one thread of their own with a current-thread tokio runtime, and compute never runs there.
-//! Everything that queues is bounded. A module imports only modules listed after it (tests: tidy).
+//! Both sides have a network thread and a current-thread tokio runtime, which the thread that computes drives while
+//! it waits (`helm`); compute never runs inside of it. Everything that queues is bounded. A module imports only modules listed after it (tests: tidy).
 
 pub mod bench_link;
 
@@ -19,6 +19,8 @@ mod lane;
 pub mod station;
 
 pub mod pending;
+
+pub mod helm;
 
 mod tally;
 

@@ -1,13 +1,14 @@
 //! A call under way, seen from the thread that waits for it.
 //!
-//! The compute thread is not async: it hands calls over, does its own share of the work, and then sleeps until the
+//! The compute thread is not async: it hands calls over, does its own share of the work, and then waits until the
 //! answers are there. Each call has a slot that is completed exactly once, by whichever comes first: the reply, its
-//! budget, the loss of the connection, or its queue being full. A thread that is alone on its core may look at the
-//! slot for a while before it sleeps (`spin`), which saves the wake-up of a few microseconds and costs the core;
-//! where threads share cores it would keep the network thread from delivering the very reply.
+//! budget, the loss of the connection, or its queue being full. While it waits for a decode call the thread drives
+//! the network itself (`helm`); else, and where another thread does that already, it sleeps until the slot is full.
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use mesh_wire::call::OutgoingCall;
@@ -15,6 +16,9 @@ use mesh_wire::control::Refusal;
 use mesh_wire::reply::Reply;
 use thiserror::Error;
 use tokio::sync::Notify;
+use tokio::time::timeout_at;
+
+use crate::helm::Helm;
 
 /// Why a call has no reply. Whichever it is, the experts can be computed elsewhere.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -47,12 +51,34 @@ pub enum CallError {
 /// The outcome of a call.
 pub type Outcome = Result<Reply, CallError>;
 
+/// A reply, and how long it took.
+#[derive(Debug)]
+pub struct Answer {
+    /// The sums.
+    pub reply: Reply,
+    /// From `Hub::send` until the reply had been read and checked. Less `ReplyHead::service_us` it is what the link,
+    /// both network stacks and waiting at the node took.
+    pub round_trip: Duration,
+}
+
 #[derive(Debug)]
 enum State {
     Open,
     Done(Outcome),
     /// The waiting side has what it wanted, or wants nothing any more.
     Closed,
+}
+
+/// What is locked of a slot.
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    /// From `sent` to the outcome.
+    took: Duration,
+    /// Who is to be woken: the thread that drives while it waits,
+    waker: Option<Waker>,
+    /// or the one that sleeps.
+    sleeps: bool,
 }
 
 /// What network thread and waiting thread share about a call.
@@ -64,7 +90,7 @@ pub(crate) struct Slot {
     pub(crate) assignments: u32,
     pub(crate) sent: Instant,
     pub(crate) deadline: Instant,
-    state: Mutex<State>,
+    inner: Mutex<Inner>,
     done: AtomicBool,
     wake: Condvar,
     /// Told when the waiting side gives up.
@@ -81,33 +107,53 @@ impl Slot {
             assignments: call.assignments(),
             sent: now,
             deadline: now + Duration::from_micros(u64::from(head.budget_us)),
-            state: Mutex::new(State::Open),
+            inner: Mutex::new(Inner { state: State::Open, took: Duration::ZERO, waker: None, sleeps: false }),
             done: AtomicBool::new(false),
             wake: Condvar::new(),
             abandoned: Notify::new(),
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether nobody waits any more.
     pub(crate) fn is_closed(&self) -> bool {
-        matches!(*self.state(), State::Closed)
+        matches!(self.inner().state, State::Closed)
     }
 
     /// Hands over the outcome; only the first counts. False where it came too late to matter.
     pub(crate) fn complete(&self, outcome: Outcome) -> bool {
-        let mut state = self.state();
-        if !matches!(*state, State::Open) {
+        let mut inner = self.inner();
+        if !matches!(inner.state, State::Open) {
             return false;
         }
-        *state = State::Done(outcome);
+        inner.state = State::Done(outcome);
+        inner.took = self.sent.elapsed();
         self.done.store(true, Ordering::Release);
-        drop(state);
-        self.wake.notify_one();
+        let (waker, sleeps) = (inner.waker.take(), inner.sleeps);
+        drop(inner);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        // A system call, whether or not somebody sleeps.
+        if sleeps {
+            self.wake.notify_one();
+        }
         true
+    }
+
+    /// Ready once there is an outcome.
+    fn poll_done(&self, context: &Context<'_>) -> Poll<()> {
+        let mut inner = self.inner();
+        if !matches!(inner.state, State::Open) {
+            return Poll::Ready(());
+        }
+        if !inner.waker.as_ref().is_some_and(|known| known.will_wake(context.waker())) {
+            inner.waker = Some(context.waker().clone());
+        }
+        Poll::Pending
     }
 }
 
@@ -116,12 +162,13 @@ impl Slot {
 #[must_use = "dropping it cancels the call"]
 pub struct PendingCall {
     slot: Arc<Slot>,
-    spin: Duration,
+    /// What to drive while waiting.
+    helm: Option<Arc<Helm>>,
 }
 
 impl PendingCall {
-    pub(crate) fn new(slot: Arc<Slot>, spin: Duration) -> PendingCall {
-        PendingCall { slot, spin }
+    pub(crate) fn new(slot: Arc<Slot>, helm: Option<Arc<Helm>>) -> PendingCall {
+        PendingCall { slot, helm }
     }
 
     /// The call's number.
@@ -139,21 +186,32 @@ impl PendingCall {
     /// # Errors
     /// Why there is none.
     pub fn wait(self) -> Outcome {
-        let spin_until = Instant::now() + self.spin;
-        while !self.slot.done.load(Ordering::Acquire) && Instant::now() < spin_until {
-            std::hint::spin_loop();
+        self.wait_timed().map(|answer| answer.reply)
+    }
+
+    /// `wait`, with the time it took.
+    ///
+    /// # Errors
+    /// Why there is no reply.
+    pub fn wait_timed(self) -> Result<Answer, CallError> {
+        if let Some(helm) = self.helm.as_deref().filter(|_| !self.is_done()) {
+            // A timer can be had only within the runtime. However it ends, what follows looks at the slot again.
+            let done = poll_fn(|context| self.slot.poll_done(context));
+            drop(helm.steer(async { timeout_at(self.slot.deadline.into(), done).await }));
         }
-        let mut state = self.slot.state();
-        while matches!(*state, State::Open) {
+        let mut inner = self.slot.inner();
+        while matches!(inner.state, State::Open) {
             let left = self.slot.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            let woken = self.slot.wake.wait_timeout(state, left);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+            inner.sleeps = true;
+            let woken = self.slot.wake.wait_timeout(inner, left);
+            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        match std::mem::replace(&mut *state, State::Closed) {
-            State::Done(outcome) => outcome,
+        let round_trip = inner.took;
+        match std::mem::replace(&mut inner.state, State::Closed) {
+            State::Done(outcome) => outcome.map(|reply| Answer { reply, round_trip }),
             State::Open | State::Closed => Err(CallError::Late),
         }
     }
@@ -161,10 +219,10 @@ impl PendingCall {
 
 impl Drop for PendingCall {
     fn drop(&mut self) {
-        let mut state = self.slot.state();
-        if matches!(*state, State::Open) {
-            *state = State::Closed;
-            drop(state);
+        let mut inner = self.slot.inner();
+        if matches!(inner.state, State::Open) {
+            inner.state = State::Closed;
+            drop(inner);
             self.slot.abandoned.notify_one();
         }
     }

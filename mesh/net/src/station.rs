@@ -3,8 +3,9 @@
 //! `Station::run` owns its thread. It dials the router's addresses in turn, with growing pauses, introduces the node,
 //! and from then on only moves bytes: a lane's task reads a call into a pooled buffer, validates it, hands it to the
 //! `NodeService`, waits for the answer and writes it. The service must return at once and compute on threads of its
-//! own; loading weights is the exception and runs on a blocking thread. The price of the simple lanes: one call per
-//! lane at a time, so the number of calls at a node is bounded by the lanes the router may open.
+//! own; loading weights is the exception and runs on a blocking thread. A thread that computes may take the `Helm`
+//! the station runs at and move the bytes itself while it has nothing to compute. The price of the simple lanes: one
+//! call per lane at a time, so the number of calls at a node is bounded by the lanes the router may open.
 //!
 //! Pauses between attempts carry a jitter derived from the node's key, so that nodes that lost their router together
 //! do not come back together, and a run can be replayed.
@@ -27,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::endpoint::{self, Close, EndpointError, LaneReset};
+use crate::helm::Helm;
 use crate::identity::Identity;
 use crate::roster::{Roster, RosterError};
 use crate::stream::{ReadFrameError, read_frame, write_frame};
@@ -246,6 +248,19 @@ impl Station {
         service: Arc<dyn NodeService>,
         stop: &Stop,
     ) -> Result<(), StationError> {
+        Station::run_at(&Helm::new(Duration::ZERO)?, config, service, stop)
+    }
+
+    /// `run`, at a helm that other threads may take.
+    ///
+    /// # Errors
+    /// What keeps it from ever running.
+    pub fn run_at(
+        helm: &Helm,
+        config: StationConfig,
+        service: Arc<dyn NodeService>,
+        stop: &Stop,
+    ) -> Result<(), StationError> {
         config.roster.check()?;
         let id = config.identity.id();
         if config.roster.node_index(id).is_none() {
@@ -254,12 +269,9 @@ impl Station {
         if config.routers.is_empty() {
             return Err(StationError::NoAddress);
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let node = Arc::new(Node { config, service, placing: Arc::default() });
-        let outcome = runtime.block_on(node.stay_connected(stop));
-        // A placement that is still loading must not keep the process.
-        runtime.shutdown_background();
-        outcome
+        let (node, stop) = (Arc::new(Node { config, service, placing: Arc::default() }), stop.clone());
+        // A placement that is still loading does not keep the process.
+        helm.keep(async move { node.stay_connected(&stop).await })
     }
 }
 

@@ -3,5 +3,6 @@
 mod calls;
 mod files;
 mod harness;
+mod helm;
 mod hostile;
 mod trust;

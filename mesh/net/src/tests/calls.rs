@@ -399,7 +399,7 @@ fn budgets_count_what_is_already_out() {
 fn the_link_bench_measures_every_way() {
     let bench = crate::bench_link::bench_link(50, std::time::Duration::ZERO).unwrap();
     assert_eq!(bench.calls, 50);
-    for way in [bench.call, bench.quinn_echo, bench.tcp_echo] {
+    for way in [bench.call, bench.tcp_call, bench.quinn_echo, bench.tcp_echo] {
         assert!(way.p50_us > 0.0 && way.p50_us <= way.p99_us, "{bench:?}");
     }
 }
@@ -408,8 +408,14 @@ fn the_link_bench_measures_every_way() {
 #[test]
 #[ignore = "prints figures; `moemesh bench link` is the real thing"]
 fn link_figures() {
-    for spin in [0, 200] {
-        let bench = crate::bench_link::bench_link(20_000, std::time::Duration::from_micros(spin)).unwrap();
-        eprintln!("spin {spin} us: {bench:#?}");
+    for spin in [0, 20, 100] {
+        let bench = crate::bench_link::bench_link(4000, std::time::Duration::from_micros(spin)).unwrap();
+        let all = [bench.call, bench.tcp_call, bench.quinn_echo, bench.tcp_echo];
+        let [call, tcp_call, quinn, tcp] = all.map(|way| (way.p50_us, way.p99_us));
+        let (l1, l2) = (call.0 / quinn.0, call.0 / tcp.0);
+        eprintln!(
+            "spin {spin:>3} us: call {call:.1?} TCP call {tcp_call:.1?} quinn {quinn:.1?} TCP {tcp:.1?}"
+        );
+        eprintln!("              L1 {l1:.2} L2 {l2:.2}");
     }
 }
