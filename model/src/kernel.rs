@@ -8,7 +8,9 @@
 pub mod bench;
 #[cfg(feature = "torch")]
 pub mod libtorch;
+pub mod measure;
 pub mod native;
+pub mod paced;
 
 mod call;
 

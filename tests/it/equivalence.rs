@@ -13,7 +13,7 @@ use router::sampler::{Sampler, Scratch};
 /// Packed once for all tests of this program.
 static CACHE: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
-const AMPLE: Shape = Shape { nodes: 3, chunk: 64, kv_blocks: 512 };
+const AMPLE: Shape = Shape { nodes: 3, chunk: 64, kv_blocks: 512, replicate: false };
 
 fn tale(format: Format) -> Arc<Model> {
     open(&moemesh_tests::tale_moe(), format, CACHE.path())
@@ -109,7 +109,7 @@ fn chunk_sizes_never_change_bits() {
 fn preempted_requests_resume_with_the_same_bits() {
     let model = tale(Format::Q4);
     // Room for a little more than one of the four at full length (7 blocks each).
-    let cluster = Cluster::start(&model, Shape { nodes: 2, chunk: 64, kv_blocks: 10 });
+    let cluster = Cluster::start(&model, Shape { nodes: 2, chunk: 64, kv_blocks: 10, replicate: false });
     let requests: Vec<GenerateRequest> = (0..4).map(|i| request(prompt(i, 50), 0.7, 150)).collect();
     let streams: Vec<_> =
         requests.iter().map(|request| cluster.engine.submit(request.clone()).unwrap()).collect();
