@@ -178,6 +178,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         "wire_bytes_per_token": measured.decode.wire_bytes / measured.decode.tokens as u64,
         "experts_here": share_here(before, after),
         "experts_here_prefill": share_here(after, last),
+        "speeds": speed_report(after),
         "memory": memory(&measured),
         "overhead_us_per_layer": overhead / layers as f64,
         "stages_us": stages,
@@ -251,6 +252,17 @@ fn speeds(report: &Value) -> Vec<Measured> {
             *mb_s = number(process, &format!("/weight_mb_s/{index}")) as u32;
         }
         measured
+    };
+    let nodes = report["nodes"].as_array().into_iter().flatten();
+    std::iter::once(&report["router"]).chain(nodes).map(one).collect()
+}
+
+/// Tables, and what calls have shown since, router first.
+fn speed_report(report: &Value) -> Value {
+    let one = |process: &Value| {
+        let [table, correction, call_us] =
+            ["weight_mb_s", "correction", "call_overhead_us"].map(|key| process[key].clone());
+        json!({"weight_mb_s": table, "correction": correction, "call_overhead_us": call_us})
     };
     let nodes = report["nodes"].as_array().into_iter().flatten();
     std::iter::once(&report["router"]).chain(nodes).map(one).collect()
