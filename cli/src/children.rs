@@ -81,10 +81,19 @@ impl Process {
         Ok(())
     }
 
-    /// Resident memory in bytes and its peak, read from the system; `None` where it does not say.
+    /// Resident memory in bytes, read from the system; `None` where it does not say.
     pub(crate) fn resident_bytes(&self) -> Option<u64> {
+        self.memory("VmRSS:")
+    }
+
+    /// The part of it that is no file.
+    pub(crate) fn anonymous_bytes(&self) -> Option<u64> {
+        self.memory("RssAnon:")
+    }
+
+    fn memory(&self, key: &str) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+        let line = status.lines().find(|line| line.starts_with(key))?;
         let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
         Some(kilobytes * 1024)
     }

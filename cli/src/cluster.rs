@@ -23,6 +23,8 @@ pub(crate) struct ClusterOptions {
     pub(crate) router_arguments: Vec<String>,
     /// More arguments of each node.
     pub(crate) node_arguments: Vec<String>,
+    /// GB/s of weights that each process is held to, router first; those beyond the list are as fast as they are.
+    pub(crate) paces: Vec<f64>,
 }
 
 /// A running private cluster. Dropping it stops every process.
@@ -49,12 +51,17 @@ impl Cluster {
             |index: usize| options.cores_per_process.map(|count| core_list(index * count, count, cores));
         let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
 
+        let pace = |index: usize| {
+            let pace = options.paces.get(index);
+            pace.into_iter().flat_map(|pace| ["--pace-gb-s".to_owned(), pace.to_string()])
+        };
         let mut router: Vec<String> =
             ["router", "--http", "127.0.0.1:0", "--announce"].map(String::from).to_vec();
         if options.nodes > 0 {
             router.extend(["--roster".into(), file("roster.toml"), "--key".into(), file("router.key")]);
             router.extend(["--listen".into(), "127.0.0.1:0".into()]);
         }
+        router.extend(pace(0));
         router.extend(arguments.iter().chain(&options.router_arguments).cloned());
         let mut router = Process::start("the router", &router, pin(0).as_deref())?;
         let listening = router.wait_for("http")?;
@@ -66,6 +73,7 @@ impl Cluster {
             let name = node_name(index);
             let mut node = vec!["node".into(), "--roster".into(), file("roster.toml"), "--key".into()];
             node.extend([file(&format!("{name}.key")), "--router".into(), mesh.clone()]);
+            node.extend(pace(index + 1));
             node.extend(arguments.iter().chain(&options.node_arguments).cloned());
             nodes.push(Process::start(&name, &node, pin(index + 1).as_deref())?);
         }

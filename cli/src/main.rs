@@ -15,6 +15,8 @@ mod model_options;
 
 mod output;
 
+mod memory;
+
 mod signals;
 
 use clap::{Parser, Subcommand};

@@ -63,6 +63,12 @@ pub(crate) struct ModelOptions {
     pub(crate) cache: Option<PathBuf>,
 }
 
+/// A pace in GB/s: above zero.
+pub(crate) fn parse_pace(text: &str) -> Result<f64, String> {
+    let pace: f64 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    if pace > 0.0 && pace.is_finite() { Ok(pace) } else { Err("a pace is above 0 GB/s".to_owned()) }
+}
+
 /// Exactness class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Class {

@@ -44,8 +44,6 @@ pub struct NodeConfig {
     pub threads: u16,
     /// Most bytes of experts it will hold.
     pub memory_bytes: u64,
-    /// Makes it as slow as a machine that streams so many gigabytes (10^9 bytes) of weights per second.
-    pub pace_gb_s: Option<f64>,
     /// Bytes of frames that may be under way (`StationConfig::POOL_BYTES_MAX`).
     pub pool_bytes_max: usize,
 }
@@ -119,14 +117,13 @@ impl ExpertNode {
     /// # Errors
     /// `Measure`, `Thread`.
     pub fn start(config: NodeConfig) -> Result<ExpertNode, NodeError> {
-        let pace = config.pace_gb_s.map(|pace| pace * 1e9).filter(|pace| *pace > 0.0);
-        let hello = hello(&config, weight_mb_s(&*config.model, &*config.kernels, pace)?);
+        let hello = hello(&config, weight_mb_s(&*config.model, &*config.kernels)?);
         let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
         let queue = Arc::new(Queue::default());
         let pool = Pool::new(config.pool_bytes_max);
         let helm = Arc::new(Helm::new(spin(config.threads))?);
         let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone());
-        let worker = worker.paced(pace).at(Arc::clone(&helm));
+        let worker = worker.at(Arc::clone(&helm));
         let counters = worker.counters();
         let service =
             Service::new(hello.clone(), Arc::clone(&shard), Arc::clone(&queue), Arc::clone(&counters));

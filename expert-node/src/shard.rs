@@ -19,15 +19,11 @@ use mesh_wire::id::ExpertKey;
 use model::format::Format;
 use model::kernel::{KernelError, Kernels, LayerExperts};
 use model::open::{Model, OpenError};
-use model::packed::PackedExpert;
-use model::region::{Buffer, Bytes};
+use model::packed::{PackedExpert, gather};
 
 /// Least bytes of one allocation of experts, unless the layer has fewer. Allocations are rounded up to huge pages of
 /// 2 MB: at this size that wastes 1.5 % on average. A larger one would keep more memory for few experts.
 pub const ARENA_BYTES: usize = 64 << 20;
-
-/// Alignment of an expert: what kernels load at once.
-const LINE: usize = 64;
 
 /// What all experts of a model have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -359,11 +355,13 @@ impl Shard {
                 return Err(PlaceError::Ending);
             }
             let packed = self.source.expert(ExpertKey { layer, expert: *expert })?;
-            arena_bytes += packed.bytes.len().next_multiple_of(LINE);
+            arena_bytes += packed.bytes.len();
             arena.push((*expert, packed));
             if arena_bytes >= ARENA_BYTES || index + 1 == experts.len() {
                 loaded(arena.len());
-                resident.extend(fill(std::mem::take(&mut arena), std::mem::take(&mut arena_bytes)));
+                gather(&mut arena);
+                arena_bytes = 0;
+                resident.append(&mut arena);
             }
         }
         Ok(resident)
@@ -383,24 +381,6 @@ fn by_layer(placement: &Placement) -> Wanted {
         wanted.entry(key.layer).or_default().push(key.expert);
     }
     wanted
-}
-
-/// Copies experts into one allocation of `bytes`, each at a multiple of `LINE`.
-fn fill(experts: Vec<(u16, PackedExpert)>, bytes: usize) -> Vec<(u16, PackedExpert)> {
-    let mut arena = Buffer::zeroed(bytes);
-    let mut at = 0;
-    let mut places = Vec::with_capacity(experts.len());
-    for (_, packed) in &experts {
-        let len = packed.bytes.len();
-        arena[at..at + len].copy_from_slice(&packed.bytes);
-        places.push((at, len));
-        at += len.next_multiple_of(LINE);
-    }
-    let arena = Bytes::from(arena);
-    let moved = experts.into_iter().zip(places).filter_map(|((expert, packed), (at, len))| {
-        Some((expert, PackedExpert { bytes: arena.slice(at, len)?, ..packed }))
-    });
-    moved.collect()
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub struct Counters {
     pub calls: AtomicU64,
     /// Rows of those.
     pub rows: AtomicU64,
-    /// Microseconds in kernels, the pace included.
+    /// Microseconds in kernels.
     pub busy_us: AtomicU64,
     /// Calls refused.
     pub refused: AtomicU64,
@@ -63,8 +63,6 @@ pub struct Worker {
     shard: Arc<Shard>,
     counters: Arc<Counters>,
     shape: Shape,
-    /// Floor under the time of a kernel entry, in bytes of weights per second; for studies.
-    pace_bytes_s: Option<f64>,
     /// What to drive while there is nothing to compute.
     helm: Option<Arc<Helm>>,
     /// Replies are written into buffers of this.
@@ -88,7 +86,6 @@ impl Worker {
             queue,
             shard,
             counters: Arc::default(),
-            pace_bytes_s: None,
             helm: None,
             pool,
             answers: Vec::new(),
@@ -96,14 +93,6 @@ impl Worker {
             assignments: Vec::new(),
             sums: PartialSums::default(),
         }
-    }
-
-    /// Makes every kernel entry take at least as long as a machine would that streams so many bytes of weights per
-    /// second: for studies of weaker machines.
-    #[must_use]
-    pub fn paced(mut self, bytes_s: Option<f64>) -> Worker {
-        self.pace_bytes_s = bytes_s.filter(|pace| *pace > 0.0);
-        self
     }
 
     /// Has it drive the network while it waits.
@@ -191,7 +180,6 @@ impl Worker {
     /// One entry into the kernel for all calls; the sums of their rows follow each other.
     fn run_kernel(&mut self, layer: &dyn LayerExperts, jobs: &[Job]) -> Result<(), Refused> {
         let Shape { format, hidden, .. } = self.shape;
-        let deadline = self.pace(jobs);
         self.assignments.clear();
         let mut rows = 0;
         for job in jobs {
@@ -220,18 +208,7 @@ impl Worker {
             self.sums = PartialSums::default();
             Err(model::kernel::KernelError::Backend { backend: "kernel", reason: panic_text(&*panic) })
         });
-        outcome.map_err(|error| (Refusal::Failed, error.to_string()))?;
-        wait_until(deadline);
-        Ok(())
-    }
-
-    /// When the kernel entry may end at the earliest: every expert it uses is read once.
-    fn pace(&self, jobs: &[Job]) -> Option<Instant> {
-        let pace = self.pace_bytes_s?;
-        let calls = jobs.iter().flat_map(|job| job.call.view().assignments());
-        let experts: std::collections::BTreeSet<_> = calls.map(|assignment| assignment.expert).collect();
-        let seconds = experts.len() as f64 * self.shape.expert_bytes as f64 / pace;
-        Some(Instant::now() + Duration::try_from_secs_f64(seconds).unwrap_or(PACE_MAX).min(PACE_MAX))
+        outcome.map_err(|error| (Refusal::Failed, error.to_string()))
     }
 
     fn reply(&mut self, jobs: &mut Vec<Job>, service: Duration) {
@@ -284,9 +261,6 @@ impl Worker {
     }
 }
 
-/// Longest pause of the pace: a typing error in `--pace-gb-s` must not stop the node for good.
-const PACE_MAX: Duration = Duration::from_secs(10);
-
 /// The rows of all calls, one after the other, in `scratch`.
 fn gather<'a>(scratch: &'a mut Buffer, jobs: &[Job]) -> &'a [u8] {
     let bytes = jobs.iter().map(|job| job.call.view().payload().len()).sum();
@@ -300,13 +274,6 @@ fn gather<'a>(scratch: &'a mut Buffer, jobs: &[Job]) -> &'a [u8] {
         at += rows.len();
     }
     &scratch[..bytes]
-}
-
-fn wait_until(deadline: Option<Instant>) {
-    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    while let Some(left) = left().filter(|left| !left.is_zero()) {
-        std::thread::park_timeout(left);
-    }
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> String {

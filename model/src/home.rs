@@ -2,19 +2,17 @@
 //! holds or whose node does not answer.
 //!
 //! Experts are loaded the first time a row needs them, from the packed model, and stay. So a router that has
-//! never lost a node holds none in memory, and one that has pays the price only for what was asked for.
+//! never lost a node holds none in memory, and one that has pays the price only for what was asked for. `load_all`
+//! loads them in advance: where they are used all the time.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::activations::Activations;
+use crate::kernel::measure::{self, Sample};
 use crate::kernel::{Assignment, KernelError, Kernels, LayerExperts, PartialSums};
 use crate::open::{Model, OpenError};
-use crate::packed::PackedExpert;
-use crate::region::{Buffer, Bytes};
-
-/// Experts begin at multiples of a cache line.
-const LINE: usize = 64;
+use crate::packed::{PackedExpert, gather};
 
 /// Why experts could not be computed here.
 #[derive(Debug, thiserror::Error)]
@@ -69,9 +67,54 @@ impl Home {
         sizes.sum()
     }
 
+    /// Bytes of all experts of the model.
+    pub fn all_bytes(&self) -> u64 {
+        let config = &self.model.config;
+        let expert = self.model.format.expert_bytes(config.hidden, config.moe.inter) as u64;
+        (config.moe_layers().count() * config.moe.experts) as u64 * expert
+    }
+
+    /// Loads every expert of every layer; `progress` gets bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// The first expert that cannot be had.
+    pub fn load_all(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), HomeError> {
+        let layers: Vec<usize> = self.model.config.moe_layers().collect();
+        let (experts, all) = (self.model.config.moe.experts as u16, self.all_bytes());
+        for (done, layer) in layers.iter().enumerate() {
+            self.load(*layer, 0..experts)?;
+            progress(all * (done as u64 + 1) / layers.len() as u64, all);
+        }
+        Ok(())
+    }
+
+    /// How fast this process computes its experts (`kernel::measure`), on those of the first layer that is loaded in
+    /// full; zeros where none is.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn weight_mb_s(&self) -> Result<[u32; measure::ROWS.len()], KernelError> {
+        let config = &self.model.config;
+        let full =
+            self.layers.iter().find(|layer| layer.held.len() == config.moe.experts && layer.loaded.is_some());
+        let Some(runs) = full.and_then(|layer| layer.loaded.as_deref()) else {
+            return Ok([0; measure::ROWS.len()]);
+        };
+        measure::weight_mb_s(&Sample {
+            runs,
+            experts: config.moe.experts as u16,
+            format: self.model.format,
+            hidden: config.hidden,
+            expert_bytes: self.model.format.expert_bytes(config.hidden, config.moe.inter) as u64,
+        })
+    }
+
     /// Makes sure that these experts of a layer are loaded.
     pub fn load(&mut self, layer: usize, experts: impl Iterator<Item = u16>) -> Result<(), HomeError> {
         let home = &mut self.layers[layer];
+        if home.held.len() == self.model.config.moe.experts {
+            return Ok(());
+        }
         let missing: BTreeSet<u16> = experts.filter(|expert| !home.held.contains(expert)).collect();
         if missing.is_empty() {
             return Ok(());
@@ -120,25 +163,5 @@ impl Home {
         experts.run_wide(x, &self.overflowed, &mut self.wide)?;
         sums.iter_mut().zip(&self.wide).for_each(|(sum, part)| *sum += part);
         Ok(())
-    }
-}
-
-/// Moves experts into one allocation: huge pages cover it all but its end, and each is streamed after the other.
-fn gather(experts: &mut [(u16, PackedExpert)]) {
-    let size = |expert: &PackedExpert| expert.bytes.len().next_multiple_of(LINE);
-    let mut arena = Buffer::zeroed(experts.iter().map(|(_, expert)| size(expert)).sum());
-    let mut at = 0;
-    for (_, expert) in experts.iter() {
-        arena[at..at + expert.bytes.len()].copy_from_slice(&expert.bytes);
-        at += size(expert);
-    }
-    let arena = Bytes::from(arena);
-    let mut at = 0;
-    for (_, expert) in experts.iter_mut() {
-        let (start, len) = (at, expert.bytes.len());
-        at += size(expert);
-        if let Some(bytes) = arena.slice(start, len) {
-            expert.bytes = bytes;
-        }
     }
 }

@@ -11,7 +11,9 @@ pub mod fastest;
 pub mod bench;
 #[cfg(feature = "torch")]
 pub mod libtorch;
+pub mod measure;
 pub mod native;
+pub mod paced;
 
 mod call;
 

@@ -84,9 +84,7 @@ impl Reference {
 
     /// Loads every expert now instead of on first use, so that a measurement does not contain loading.
     pub fn preload(&mut self) -> Result<(), HomeError> {
-        let (layers, experts) =
-            (self.decoder.config().moe_layers().collect::<Vec<_>>(), self.decoder.config().moe.experts);
-        layers.into_iter().try_for_each(|layer| self.home.load(layer, 0..experts as u16))
+        self.home.load_all(&mut |_, _| ())
     }
 
     /// Tokens of the sequence so far.

@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 /// Where the time of a step went, and what crossed the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepCost {
-    /// Attention halves, embeddings included.
+    /// Attention halves, embeddings included; norms and the quantizing of rows are part of it.
     pub attention: Duration,
     /// Norm and gate before the experts.
     pub gate: Duration,
     /// Building and sending calls.
     pub send: Duration,
-    /// Experts, dense and shared blocks computed here.
-    pub local: Duration,
+    /// Routed experts computed here, their sums included.
+    pub experts: Duration,
+    /// Dense and shared blocks.
+    pub ffn: Duration,
     /// Waiting for replies.
     pub wait: Duration,
     /// Adding replies up.
@@ -27,6 +29,10 @@ pub struct StepCost {
     pub calls: u64,
     /// Calls whose experts were computed here after all.
     pub fallbacks: u64,
+    /// Rows times experts.
+    pub assignments: u64,
+    /// Of those, planned to be computed here.
+    pub assignments_here: u64,
 }
 
 impl StepCost {
@@ -35,7 +41,8 @@ impl StepCost {
         self.attention += other.attention;
         self.gate += other.gate;
         self.send += other.send;
-        self.local += other.local;
+        self.experts += other.experts;
+        self.ffn += other.ffn;
         self.wait += other.wait;
         self.combine += other.combine;
         self.head += other.head;
@@ -43,6 +50,8 @@ impl StepCost {
         self.bytes_in += other.bytes_in;
         self.calls += other.calls;
         self.fallbacks += other.fallbacks;
+        self.assignments += other.assignments;
+        self.assignments_here += other.assignments_here;
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio::sync::oneshot;
 
 use crate::cost::StepCost;
+use crate::dispatch::PlacesView;
 use crate::forward::{Forward, ForwardError, Step};
 use crate::metrics::{Load, Metrics};
 use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Timing, TokenLogprobs};
@@ -60,6 +61,10 @@ pub struct EngineStatus {
     pub preemptions: u64,
     /// Bytes of experts the router holds itself.
     pub home_bytes: u64,
+    /// Bytes of the router's own weights that are in memory of its own.
+    pub weight_bytes: u64,
+    /// Bytes of the KV blocks that were ever in use at a time; others were never touched.
+    pub kv_peak_bytes: u64,
 }
 
 /// A view of the engine's counters, updated after every step.
@@ -158,6 +163,11 @@ impl Engine {
     /// The counters, readable from other threads.
     pub fn status(&self) -> StatusView {
         self.view.clone()
+    }
+
+    /// What is known of the speed of router and nodes, readable from other threads.
+    pub fn places(&self) -> PlacesView {
+        self.forward.places()
     }
 
     /// Runs until every handle is gone or a drain is complete.
@@ -367,6 +377,9 @@ impl Engine {
     fn publish(&mut self) {
         self.status.occupancy = self.scheduler.occupancy();
         self.status.home_bytes = self.forward.home_bytes();
+        self.status.weight_bytes = self.forward.weight_bytes();
+        let used = self.status.occupancy.blocks_used as u64 * self.block_bytes;
+        self.status.kv_peak_bytes = self.status.kv_peak_bytes.max(used);
         self.view.write(self.status);
         if let Some(metrics) = &self.metrics {
             let occupancy = self.status.occupancy;

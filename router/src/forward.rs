@@ -1,12 +1,18 @@
 //! One step of the model over the mesh: the walk of a batch of rows through all layers.
 //!
 //! Per layer: attention, gate, one call per node with the rows it must process, the router's own work while the
-//! calls are out (experts that no node holds, dense and shared blocks), then the replies are added up. The sum
-//! over experts is an integer sum, so it does not matter who computed what or who answered first; an expert
-//! whose node fails is computed here instead, and the step goes on with the same bits.
+//! calls are out (its share of the experts, dense and shared blocks), then the replies are added up. The sum over
+//! experts is an integer sum, so it does not matter who computed what or who answered first; an expert whose node
+//! fails is computed here instead, and the step goes on with the same bits.
+//!
+//! A step with many rows is cut into parts that take turns: while the nodes compute the experts of one part, the
+//! router is busy with the attention of the next. A part's attention in a layer runs after that of the part before
+//! it, which has stored its keys by then, so the cut changes no bit either. The price: every part reads the weights
+//! again, which is why small steps stay in one piece.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_net::hub::Hub;
 use model::decoder::workspace::Workspace;
@@ -20,8 +26,19 @@ use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
 use crate::cost::{StepCost, lap};
-use crate::dispatch::Dispatch;
+use crate::dispatch::{Busy, Dispatch, Flight, PlacesView, Shape};
 use crate::metrics::Metrics;
+
+/// Rows from which a step over nodes is cut into parts: below, an expert has so few rows that reading its weights
+/// once per part costs more than the overlap gains (benches/RESULTS.md).
+pub const OVERLAP_ROWS: usize = 128;
+
+/// Rows per part that are aimed at: more parts hide a round trip better, smaller ones read the weights more often.
+/// Steps of 512 rows in 2, 3 and 4 parts gave 831, 923 and 955 tokens per second (3 layers, two cores).
+const PART_ROWS: usize = 128;
+
+/// Parts of a step over nodes: at least two, or nothing overlaps.
+const PARTS: RangeInclusive<usize> = 2..=4;
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -45,16 +62,60 @@ pub struct Step<'a> {
     pub wanted: &'a [usize],
 }
 
+/// Where routed experts are computed.
+#[derive(Clone, Debug)]
+pub enum Experts {
+    /// In this process.
+    Here,
+    /// On nodes; here only those of nodes that fail.
+    Nodes(Arc<Hub>),
+    /// On both, every layer's rows shared out so that all finish together. Takes memory for all of them here.
+    Shared(Arc<Hub>),
+}
+
 /// The model as the router runs it.
 #[derive(Debug)]
 pub struct Forward {
-    format: Format,
     decoder: Decoder,
-    home: Home,
     kv: KvCache,
-    work: Workspace,
+    parts: Vec<Part>,
+    experts: Remote,
+    kv_block_bytes: u64,
+    weight_bytes: u64,
+    resident: bool,
+}
+
+/// The way to the experts.
+#[derive(Debug)]
+struct Remote {
+    home: Home,
     dispatch: Dispatch,
+}
+
+/// Rows that walk through the layers together, and the memory for that.
+#[derive(Debug)]
+struct Part {
+    /// First of its rows in the step.
+    first_row: usize,
+    rows: usize,
+    work: Workspace,
+    flight: Flight,
     sums: Vec<i64>,
+    /// Time of its stages in the layer before that the router must do before it can turn to the experts again.
+    busy: Duration,
+}
+
+impl Part {
+    fn new(format: Format) -> Part {
+        Part {
+            first_row: 0,
+            rows: 0,
+            work: Workspace::new(format),
+            flight: Flight::default(),
+            sums: Vec::new(),
+            busy: Duration::ZERO,
+        }
+    }
 }
 
 impl Forward {
@@ -64,18 +125,27 @@ impl Forward {
         kernels: Arc<dyn Kernels>,
         native: Arc<Native>,
         kv_blocks: usize,
-        hub: Option<Arc<Hub>>,
+        experts: Experts,
     ) -> Result<Forward, LoadError> {
         let decoder = Decoder::load(&model, &*kernels, native)?;
-        // With no mesh every expert is used all the time; with one, only those of a node that fails.
-        let residency = if hub.is_some() { Residency::Mapped } else { Residency::Resident };
+        // Mapped: only those of a node that fails are used.
+        let (residency, hub, replicated) = match experts {
+            Experts::Here => (Residency::Resident, None, false),
+            Experts::Nodes(hub) => (Residency::Mapped, Some(hub), false),
+            Experts::Shared(hub) => (Residency::Resident, Some(hub), true),
+        };
+        let expert_bytes = model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64;
+        let shape = Shape { format: model.format, expert_bytes };
         Ok(Forward {
-            format: model.format,
+            kv_block_bytes: KvCache::block_bytes(&model.config, model.format) as u64,
+            weight_bytes: weight_bytes(&model),
             kv: KvCache::new(&model.config, model.format, kv_blocks),
-            work: Workspace::new(model.format),
-            dispatch: Dispatch::new(hub, model.format),
-            sums: Vec::new(),
-            home: Home::new(model, kernels, residency),
+            parts: (0..*PARTS.end()).map(|_| Part::new(model.format)).collect(),
+            resident: residency == Residency::Resident,
+            experts: Remote {
+                dispatch: Dispatch::new(hub, shape, replicated),
+                home: Home::new(model, kernels, residency),
+            },
             decoder,
         })
     }
@@ -85,26 +155,43 @@ impl Forward {
         &self.decoder
     }
 
-    /// Loads every expert now, in a router without a mesh.
-    pub fn preload(&mut self) -> Result<(), HomeError> {
-        let (layers, experts): (Vec<_>, _) =
-            (self.decoder.config().moe_layers().collect(), self.decoder.config().moe.experts as u16);
-        layers.into_iter().try_for_each(|layer| self.home.load(layer, 0..experts))
+    /// Loads the experts that are used all the time, if there are any, and measures how fast they are computed;
+    /// `progress` gets bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// The first expert that cannot be had.
+    pub fn preload(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), HomeError> {
+        if self.resident {
+            let Remote { home, dispatch } = &mut self.experts;
+            home.load_all(progress)?;
+            dispatch.set_own_speed(&home.weight_mb_s()?);
+        }
+        Ok(())
     }
 
     /// Counts calls in `metrics`.
     pub fn count_in(&mut self, metrics: Arc<Metrics>) {
-        self.dispatch.count_in(metrics);
+        self.experts.dispatch.count_in(metrics);
+    }
+
+    /// What is known of the speed of router and nodes, readable from other threads.
+    pub fn places(&self) -> PlacesView {
+        self.experts.dispatch.view()
     }
 
     /// Bytes of one block of KV cache.
     pub fn kv_block_bytes(&self) -> u64 {
-        KvCache::block_bytes(self.decoder.config(), self.format) as u64
+        self.kv_block_bytes
     }
 
-    /// Bytes of experts the router has computed with itself so far.
+    /// Bytes of experts the router holds by now.
     pub fn home_bytes(&self) -> u64 {
-        self.home.weight_bytes()
+        self.experts.home.weight_bytes()
+    }
+
+    /// Bytes of the router's own weights, experts aside.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// Runs a step through the model: into `logits` the logits of its wanted rows, `[wanted.len(), vocab]`.
@@ -114,38 +201,182 @@ impl Forward {
         logits: &mut Vec<f32>,
         cost: &mut StepCost,
     ) -> Result<(), ForwardError> {
-        let Step { tokens, runs, wanted } = *step;
-        let Forward { decoder, home, kv, work, dispatch, sums, .. } = self;
-        let mut clock = Instant::now();
-        let positions = runs.iter().flat_map(|run| run.position..run.position + run.len);
-        decoder.begin(tokens, positions, work);
-        dispatch.begin_step();
-        for layer in 0..decoder.config().layers.len() {
-            decoder.attention(layer, runs, kv, work)?;
-            lap(&mut clock, &mut cost.attention);
-            decoder.route(layer, work)?;
-            lap(&mut clock, &mut cost.gate);
-            sums.clear();
-            if decoder.is_moe(layer) {
-                sums.resize(tokens.len() * decoder.config().hidden, 0);
-                dispatch.send(layer, work, cost);
-                lap(&mut clock, &mut cost.send);
-                home.add(layer, work.input.view(), dispatch.at_home(), sums)?;
-            }
-            decoder.local_ffn(layer, work)?;
-            lap(&mut clock, &mut cost.local);
-            if decoder.is_moe(layer) {
-                dispatch.collect(layer, work, (home, sums), cost)?;
-                clock = Instant::now();
-            }
-            decoder.finish(layer, sums, work);
-            lap(&mut clock, &mut cost.combine);
+        self.experts.dispatch.begin_step();
+        let rows = step.tokens.len();
+        let overlapped = self.experts.dispatch.is_served() && rows >= OVERLAP_ROWS;
+        let parts = if overlapped { (rows / PART_ROWS).clamp(*PARTS.start(), *PARTS.end()) } else { 1 };
+        let result = self.run(step, parts, cost);
+        if result.is_err() {
+            // Nobody waits for these any more.
+            self.parts.iter_mut().for_each(|part| part.flight.clear());
         }
+        result?;
+        let mut clock = Instant::now();
         logits.clear();
-        if !wanted.is_empty() {
-            decoder.logits(wanted, work, logits)?;
+        if !step.wanted.is_empty() {
+            let (whole, rest) = self.parts.split_at_mut(1);
+            for part in &rest[..parts - 1] {
+                whole[0].work.residual.extend_from_slice(&part.work.residual);
+            }
+            self.decoder.logits(step.wanted, &mut whole[0].work, logits)?;
         }
         lap(&mut clock, &mut cost.head);
         Ok(())
+    }
+
+    /// The layers, part after part in each.
+    fn run(&mut self, step: &Step<'_>, parts: usize, cost: &mut StepCost) -> Result<(), ForwardError> {
+        let runs = cut(step.runs, step.tokens.len(), parts);
+        let mut clock = Instant::now();
+        let mut first_row = 0;
+        for (part, runs) in self.parts.iter_mut().zip(&runs) {
+            (part.first_row, part.rows) = (first_row, runs.iter().map(|run| run.len).sum());
+            first_row += part.rows;
+            part.busy = Duration::ZERO;
+            let positions = runs.iter().flat_map(|run| run.position..run.position + run.len);
+            self.decoder.begin(&step.tokens[part.first_row..first_row], positions, &mut part.work);
+        }
+        lap(&mut clock, &mut cost.attention);
+        let layers = self.decoder.config().layers.len();
+        for layer in 0..=layers {
+            for (index, runs) in runs.iter().enumerate() {
+                let started = Instant::now();
+                if layer > 0 {
+                    self.settle(layer - 1, index, cost)?;
+                }
+                if layer < layers {
+                    self.begin_layer(layer, (index, runs), (parts > 1).then_some(started), cost)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A layer of one part, up to where its calls are out and the router's share is done. `started` is when this
+    /// part's turn began, if others take turns with it.
+    fn begin_layer(
+        &mut self,
+        layer: usize,
+        (index, runs): (usize, &[Run<'_>]),
+        started: Option<Instant>,
+        cost: &mut StepCost,
+    ) -> Result<(), ForwardError> {
+        let Forward { decoder, kv, parts, experts, .. } = self;
+        let Part { first_row, rows, work, flight, sums, busy } = &mut parts[index];
+        let mut clock = Instant::now();
+        decoder.attention(layer, runs, kv, work).map_err(|error| in_step(error, *first_row))?;
+        lap(&mut clock, &mut cost.attention);
+        decoder.route(layer, work).map_err(|error| in_step(error, *first_row))?;
+        lap(&mut clock, &mut cost.gate);
+        let Remote { home, dispatch } = experts;
+        sums.clear();
+        if decoder.is_moe(layer) {
+            sums.resize(*rows * decoder.config().hidden, 0);
+            let own = Busy {
+                time: started.map_or(Duration::ZERO, |started| started.elapsed()) + *busy,
+                overlapped: started.is_some(),
+            };
+            dispatch.send(layer, work, (flight, own), cost);
+            lap(&mut clock, &mut cost.send);
+            let computing = clock;
+            home.add(layer, work.input.view(), flight.at_home(), sums)?;
+            lap(&mut clock, &mut cost.experts);
+            dispatch.computed_here(flight, clock - computing);
+        }
+        let local = clock;
+        decoder.local_ffn(layer, work).map_err(|error| in_step(error, *first_row))?;
+        lap(&mut clock, &mut cost.ffn);
+        *busy = clock - local;
+        Ok(())
+    }
+
+    /// Ends a layer of one part: waits for its calls and adds everything up.
+    fn settle(&mut self, layer: usize, index: usize, cost: &mut StepCost) -> Result<(), ForwardError> {
+        let Forward { decoder, parts, experts, .. } = self;
+        let Part { work, flight, sums, .. } = &mut parts[index];
+        let Remote { home, dispatch } = experts;
+        if decoder.is_moe(layer) {
+            dispatch.collect(layer, (work, flight), (home, sums), cost)?;
+        }
+        let mut clock = Instant::now();
+        decoder.finish(layer, sums, work);
+        lap(&mut clock, &mut cost.combine);
+        Ok(())
+    }
+}
+
+/// Bytes of the router's own weights in memory of its own. The embedding of a model in files stays mapped.
+fn weight_bytes(model: &Model) -> u64 {
+    let config = &model.config;
+    let embedding = (config.vocab * config.hidden * size_of::<u16>()) as u64;
+    let made = if model.directory.is_none() { embedding } else { 0 };
+    config.token_bytes(model.format).router + made
+}
+
+/// Cuts runs into parts of equally many rows, each with rows of its own counted from 0. A run that lies across the
+/// cut goes on in the next part.
+fn cut<'a>(runs: &[Run<'a>], rows: usize, parts: usize) -> Vec<Vec<Run<'a>>> {
+    let mut left = runs.iter().copied();
+    let mut open = left.next();
+    let mut taken = 0;
+    let part = |index: usize| {
+        let until = rows * (index + 1) / parts;
+        let (mut cut, mut first_row) = (Vec::new(), 0);
+        while let Some(run) = open.filter(|_| taken < until) {
+            let len = run.len.min(until - taken);
+            cut.push(Run { first_row, len, ..run });
+            (taken, first_row) = (taken + len, first_row + len);
+            let rest = Run { len: run.len - len, position: run.position + len, ..run };
+            open = if rest.len > 0 { Some(rest) } else { left.next() };
+        }
+        cut
+    };
+    (0..parts).map(part).collect()
+}
+
+/// An error of a part, its row counted in the step.
+fn in_step(error: DecodeError, first_row: usize) -> DecodeError {
+    match error {
+        DecodeError::NotFinite { layer, stage, row } => {
+            DecodeError::NotFinite { layer, stage, row: first_row + row }
+        }
+        other @ DecodeError::Kernel(_) => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(first_row: usize, len: usize, position: usize) -> Run<'static> {
+        Run { first_row, len, position, table: &[] }
+    }
+
+    fn shape(parts: &[Vec<Run<'_>>]) -> Vec<Vec<(usize, usize, usize)>> {
+        let of = |run: &Run<'_>| (run.first_row, run.len, run.position);
+        parts.iter().map(|part| part.iter().map(of).collect()).collect()
+    }
+
+    #[test]
+    fn a_run_across_the_cut_goes_on_in_the_next_part() {
+        let runs = [run(0, 1, 70), run(1, 1, 9), run(2, 7, 30)];
+        assert_eq!(shape(&cut(&runs, 9, 2)), [vec![(0, 1, 70), (1, 1, 9), (2, 2, 30)], vec![(0, 5, 32)]]);
+        assert_eq!(shape(&cut(&runs, 9, 1)), [vec![(0, 1, 70), (1, 1, 9), (2, 7, 30)]]);
+        assert_eq!(
+            shape(&cut(&runs, 9, 3)),
+            [vec![(0, 1, 70), (1, 1, 9), (2, 1, 30)], vec![(0, 3, 31)], vec![(0, 3, 34)]]
+        );
+    }
+
+    #[test]
+    fn a_cut_between_runs_leaves_them_whole() {
+        assert_eq!(shape(&cut(&[run(0, 2, 0), run(2, 2, 5)], 4, 2)), [vec![(0, 2, 0)], vec![(0, 2, 5)]]);
+        assert_eq!(shape(&cut(&[], 0, 1)), [vec![]]);
+    }
+
+    #[test]
+    fn errors_name_the_row_of_the_step() {
+        let error = DecodeError::NotFinite { layer: 3, stage: "attention", row: 4 };
+        assert!(matches!(in_step(error, 10), DecodeError::NotFinite { layer: 3, row: 14, .. }));
     }
 }

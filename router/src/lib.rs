@@ -16,6 +16,8 @@ pub mod forward;
 
 pub mod dispatch;
 
+pub mod share;
+
 pub mod scheduler;
 
 pub mod sampler;

@@ -22,13 +22,15 @@ use model::open::Model;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::dispatch::PlacesView;
 use crate::engine::{Engine, EngineConfig, EngineStatus, StatusView};
-use crate::forward::Forward;
+use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
 use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
 use crate::request::{EngineFacts, EngineHandle};
 use crate::scheduler::LimitsError;
+use crate::share::Place;
 
 /// Longest time that running sequences get to finish when the router stops.
 const DRAIN_WITHIN: Duration = Duration::from_secs(30);
@@ -38,6 +40,10 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 pub struct RouterConfig {
     /// The mesh; `None` computes every expert in this process.
     pub mesh: Option<MeshConfig>,
+    /// Whether the router holds every expert too, and computes its share of each layer.
+    pub replicate: bool,
+    /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
+    pub memory_bytes: Option<u64>,
     /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
     pub require_exact: bool,
     /// Address of the API.
@@ -109,6 +115,19 @@ pub enum RouterError {
         /// Bytes of one block.
         needed: u64,
     },
+    /// Not enough memory for all experts beside everything else.
+    #[error(
+        "holding every expert takes {needed} MB of memory here ({experts} MB of them experts), available are \
+         {available} MB; start the router without --replicate all, with a smaller --kv-memory, or with --weights q4"
+    )]
+    Memory {
+        /// Megabytes of weights and KV cache.
+        needed: u64,
+        /// Of these, experts.
+        experts: u64,
+        /// Megabytes there are.
+        available: u64,
+    },
     /// A thread or the metrics could not be made.
     #[error("start the engine: {0}")]
     Start(String),
@@ -123,6 +142,13 @@ pub enum Milestone {
         mesh: Option<SocketAddr>,
         /// Of the API.
         http: SocketAddr,
+    },
+    /// Experts are being loaded.
+    Loading {
+        /// Bytes so far.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
     },
     /// Weights are loaded, the nodes that came serve their experts, the API answers.
     Ready {
@@ -141,6 +167,7 @@ pub async fn run(
     mut reached: impl FnMut(Milestone),
     stop: impl Future<Output = ()>,
 ) -> Result<(), RouterError> {
+    check_memory(&config)?;
     let keys = ApiKeys::new(&config.api_keys);
     keys.check_bind(config.http)?;
     let prompt = open_prompt(&config.model)?;
@@ -154,21 +181,33 @@ pub async fn run(
 
     tokio::pin!(stop);
     let loading = (config.clone(), hub.clone());
-    let loaded = tokio::select! {
-        loaded = tokio::task::spawn_blocking(move || load(&loading.0, loading.1)) => loaded,
-        () = &mut stop => return Ok(()),
+    let (tell, mut told) = tokio::sync::watch::channel((0, 0));
+    let mut task = tokio::task::spawn_blocking(move || {
+        load(&loading.0, loading.1, &mut |done, total| {
+            tell.send_replace((done, total));
+        })
+    });
+    let loaded = loop {
+        tokio::select! {
+            loaded = &mut task => break loaded,
+            Ok(()) = told.changed() => {
+                let (done, total) = *told.borrow_and_update();
+                reached(Milestone::Loading { done, total });
+            }
+            () = &mut stop => return Ok(()),
+        }
     };
     let metrics = Arc::new(Metrics::new().map_err(|error| RouterError::Start(error.to_string()))?);
     let (handle, engine) = loaded.map_err(|error| RouterError::Start(error.to_string()))??;
     let engine = engine.counting(Arc::clone(&metrics));
-    let status = engine.status();
+    let (status, places) = (engine.status(), engine.places());
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run());
     let thread = thread.map_err(|error| RouterError::Start(error.to_string()))?;
     let nodes = tokio::select! {
         nodes = wait_for_nodes(&config, hub.clone()) => nodes,
         () = &mut stop => return Ok(()),
     };
-    let view = ClusterView { hub: hub.clone(), status, engine: handle.clone() };
+    let view = ClusterView { hub: hub.clone(), status, places, engine: handle.clone() };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
@@ -252,13 +291,34 @@ fn kv_blocks(config: &RouterConfig) -> Result<usize, RouterError> {
     }
 }
 
-fn load(config: &RouterConfig, hub: Option<Arc<Hub>>) -> Result<(EngineHandle, Engine), RouterError> {
+/// Whether all experts fit, where they are to be held.
+fn check_memory(config: &RouterConfig) -> Result<(), RouterError> {
+    let (Some(available), true) = (config.memory_bytes, config.replicate) else { return Ok(()) };
+    let facts = model_facts(&config.model);
+    let experts = facts.moe_layers.len() as u64 * u64::from(facts.experts) * facts.expert_bytes;
+    let router = config.model.config.token_bytes(config.model.format).router;
+    let needed = experts + router + config.kv_bytes;
+    if needed <= available {
+        return Ok(());
+    }
+    let [needed, experts, available] = [needed, experts, available].map(|bytes| bytes / 1_000_000);
+    Err(RouterError::Memory { needed, experts, available })
+}
+
+fn load(
+    config: &RouterConfig,
+    hub: Option<Arc<Hub>>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(EngineHandle, Engine), RouterError> {
     let blocks = kv_blocks(config)?;
     let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
-    let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, hub)?;
-    if config.mesh.is_none() {
-        forward.preload().map_err(|error| RouterError::Start(error.to_string()))?;
-    }
+    let experts = match hub {
+        None => Experts::Here,
+        Some(hub) if config.replicate => Experts::Shared(hub),
+        Some(hub) => Experts::Nodes(hub),
+    };
+    let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
+    forward.preload(progress).map_err(|error| RouterError::Start(error.to_string()))?;
     let facts = EngineFacts {
         context: config.model.config.context,
         vocab: config.model.config.vocab,
@@ -310,14 +370,17 @@ fn identity(config: &RouterConfig) -> http::Identity {
 struct ClusterView {
     hub: Option<Arc<Hub>>,
     status: StatusView,
+    places: PlacesView,
     engine: EngineHandle,
 }
 
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
+        let places = self.places.read();
+        let nodes = self.hub.iter().flat_map(|hub| hub.nodes());
         let nodes: Vec<Value> =
-            self.hub.iter().flat_map(|hub| hub.nodes()).map(|node| node_json(&node)).collect();
-        json!({"nodes": nodes, "router": router_json(&self.status.read())})
+            (1..).zip(nodes).map(|(place, node)| node_json(&node, places.get(place))).collect();
+        json!({"nodes": nodes, "router": router_json(&self.status.read(), places.first())})
     }
 
     fn trouble(&self) -> Option<String> {
@@ -331,7 +394,8 @@ impl http::Cluster for ClusterView {
     }
 }
 
-fn node_json(node: &NodeStatus) -> Value {
+/// What is known of a node; `place` is what the router has learned of its speed.
+fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
     let (status, counters) = (&node.cluster, &node.counters);
     let micros = |time: Option<Duration>| time.map_or(0, |time| time.as_micros() as u64);
     let hello = status.hello.as_ref();
@@ -363,12 +427,14 @@ fn node_json(node: &NodeStatus) -> Value {
         "service_us": micros(status.call_means.map(|means| means.0)),
         "round_trip_us": micros(status.call_means.map(|means| means.1)),
         "path_rtt_us": micros(node.path_rtt),
+        "correction": place.map(|place| place.learned.corrections()),
+        "call_overhead_us": place.map(|place| place.learned.call_us()),
         "resident_bytes": status.health.map(|health| health.resident_bytes),
         "note": status.note,
     })
 }
 
-fn router_json(status: &EngineStatus) -> Value {
+fn router_json(status: &EngineStatus, place: Option<&Place>) -> Value {
     let us = |time: Duration| time.as_micros() as u64;
     let cost = &status.cost;
     json!({
@@ -381,6 +447,14 @@ fn router_json(status: &EngineStatus) -> Value {
         "bytes_out": cost.bytes_out,
         "bytes_in": cost.bytes_in,
         "home_bytes": status.home_bytes,
+        "weight_mb_s": place.map(|place| place.weight_mb_s),
+        "correction": place.map(|place| place.learned.corrections()),
+        "assignments": cost.assignments,
+        "assignments_here": cost.assignments_here,
+        "weight_bytes": status.weight_bytes,
+        "kv_peak_bytes": status.kv_peak_bytes,
+        "decode_us": us(status.decode_time),
+        "prefill_us": us(status.prefill_time),
         "running": status.occupancy.running,
         "waiting": status.occupancy.waiting,
         "kv_blocks_used": status.occupancy.blocks_used,
@@ -389,7 +463,8 @@ fn router_json(status: &EngineStatus) -> Value {
             "attention": us(cost.attention),
             "gate": us(cost.gate),
             "send": us(cost.send),
-            "local": us(cost.local),
+            "experts": us(cost.experts),
+            "ffn": us(cost.ffn),
             "wait": us(cost.wait),
             "combine": us(cost.combine),
             "head": us(cost.head),

@@ -1,8 +1,8 @@
 //! Nodes that die, hang and come back while a story is told: the story does not change by a bit.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::harness::{Alone, Cluster, OPENING, Shape, Story, moemesh};
+use super::harness::{Alone, Cluster, OPENING, POLLS_MAX, Shape, Story, moemesh};
 
 /// Long enough that most of it is told after the node is lost.
 const TOKENS: usize = 300;
@@ -80,6 +80,39 @@ fn a_stopped_node_changes_no_bit_and_serves_again_once_continued() {
 
     cluster.signal_node(0, "CONT");
     assert_used_again(&cluster, 0, &expected);
+}
+
+#[test]
+fn a_node_killed_during_a_prompt_changes_no_bit_of_shared_experts() {
+    // Chunks of 128 rows are cut in two parts, so that calls of both are out when the node dies.
+    let router = ["--replicate", "all", "--chunk", "128", "--pace-gb-s", "0.2"];
+    let mut cluster = Alone::start(&Shape { router: &router, ..Shape::nodes(2) });
+    let prompt = [OPENING; 90].join(". ");
+    let flags = ["reference", "--prompt", &prompt, "--max-tokens", "8", "--ignore-eos", "--json"];
+    let alone = moemesh(&flags).json();
+
+    let rows = |cluster: &Cluster| number(&cluster.api.nodes(), "/router/rows");
+    let before = rows(&cluster);
+    let (api, text) = (cluster.api.clone(), prompt.clone());
+    let telling = std::thread::spawn(move || {
+        api.complete(&json!({
+            "prompt": text, "max_tokens": 8, "temperature": 0, "ignore_eos": true, "logits_digest": true,
+            "return_token_ids": true,
+        }))
+    });
+    // A step or more is over, most are to come.
+    let begun = (0..POLLS_MAX).map(|_| rows(&cluster)).find(|rows| *rows > before);
+    cluster.kill_node(1);
+    let at = rows(&cluster);
+    let told = telling.join().expect("the prompt is answered");
+    let in_all = rows(&cluster) - before;
+    assert!(begun.is_some() && at - before < in_all - 128, "killed after {} of {in_all} rows", at - before);
+    assert_eq!(told["choices"][0]["token_ids"], alone["token_ids"], "{}", cluster.logs());
+    assert_eq!(told["choices"][0]["logits_digest"], alone["logits_digest"]);
+    let state = cluster.api.nodes();
+    assert!(number(&state, "/router/fallbacks") > 0, "no call was out\n{}", cluster.logs());
+    let (here, all) = (number(&state, "/router/assignments_here"), number(&state, "/router/assignments"));
+    assert!(0 < here && here < all, "{here} of {all} on the router");
 }
 
 #[test]

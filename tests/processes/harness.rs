@@ -20,7 +20,7 @@ use ureq::http::HeaderMap;
 /// A request that takes longer hangs; the slowest take a second on a busy machine.
 const HANGS_AFTER: Duration = Duration::from_secs(120);
 /// Requests asked while waiting for the cluster to change; each takes milliseconds.
-const POLLS_MAX: usize = 4000;
+pub(crate) const POLLS_MAX: usize = 4000;
 /// Opening of every story.
 pub(crate) const OPENING: &str = "Once upon a time there was a poor woodcutter who lived with his wife";
 

@@ -17,7 +17,7 @@ use model::kernel::native::kv::KV_BLOCK;
 use model::kernel::native::{Native, NativeConfig};
 use model::open::Model;
 use router::engine::{Engine, EngineConfig, StatusView};
-use router::forward::Forward;
+use router::forward::{Experts, Forward};
 use router::request::{EngineFacts, EngineHandle, Event, FinishReason, GenerateRequest, Timing};
 use router::serve::model_facts;
 use tokio::sync::mpsc::Receiver;
@@ -34,6 +34,8 @@ pub struct Shape {
     pub chunk: usize,
     /// KV blocks of the cache.
     pub kv_blocks: usize,
+    /// Whether the router holds every expert too.
+    pub replicate: bool,
 }
 
 /// A running cluster.
@@ -116,8 +118,16 @@ impl Cluster {
 pub fn start_engine(model: &Arc<Model>, shape: Shape, hub: Option<Arc<Hub>>) -> (EngineHandle, StatusView) {
     let native = native();
     let kernels = Arc::<Native>::clone(&native);
-    let forward =
-        Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, hub).expect("weights load");
+    let experts = match hub {
+        None => Experts::Here,
+        Some(hub) if shape.replicate => Experts::Shared(hub),
+        Some(hub) => Experts::Nodes(hub),
+    };
+    let mut forward =
+        Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, experts).expect("weights load");
+    if shape.replicate {
+        forward.preload(&mut |_, _| ()).expect("experts load");
+    }
     let facts = EngineFacts {
         context: model.config.context,
         vocab: model.config.vocab,
@@ -173,7 +183,6 @@ fn start_node(
         kernels,
         threads: 1,
         memory_bytes: 1 << 30,
-        pace_gb_s: None,
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
     })
     .expect("the node starts")

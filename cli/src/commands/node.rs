@@ -5,18 +5,22 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::Args;
 use expert_node::node::{ExpertNode, NodeConfig};
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_net::station::StationConfig;
+use model::kernel::paced::paced;
 
-use crate::model_options::ModelOptions;
-use crate::signals;
+use crate::model_options::{ModelOptions, parse_pace};
+use crate::{memory, signals};
 
 /// Share of the machine's memory a node takes for experts unless told otherwise.
 const MEMORY_SHARE: f64 = 0.75;
+
+/// Memory assumed where the machine does not say: little for today's machines.
+const MEMORY_UNKNOWN: u64 = 4 << 30;
 
 /// Options of `moemesh node`.
 #[derive(Args, Debug)]
@@ -36,7 +40,7 @@ pub(crate) struct Options {
     #[arg(long)]
     memory: Option<u64>,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
-    #[arg(long)]
+    #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
     /// Stop when standard input ends (for parents)
     #[arg(long, hide = true)]
@@ -54,12 +58,12 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             router.to_socket_addrs().with_context(|| format!("find the router at '{router}' (host:port)"))?;
         routers.extend(found);
     }
-    ensure!(options.pace_gb_s.is_none_or(|pace| pace > 0.0), "--pace-gb-s must be above 0");
     let model = options.model.open()?;
     let (kernels, _) = options.model.load_kernels(&model)?;
+    let kernels = paced(kernels, options.pace_gb_s);
     let memory_bytes = match options.memory {
         Some(mebibytes) => mebibytes << 20,
-        None => (machine_memory() as f64 * MEMORY_SHARE) as u64,
+        None => (memory::total().unwrap_or(MEMORY_UNKNOWN) as f64 * MEMORY_SHARE) as u64,
     };
     let node = ExpertNode::start(NodeConfig {
         name: name.clone(),
@@ -70,7 +74,6 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         kernels,
         threads: options.model.thread_count() as u16,
         memory_bytes,
-        pace_gb_s: options.pace_gb_s,
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
     })?;
     let stop = node.stop();
@@ -88,13 +91,4 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     }
     node.join()?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Bytes of memory the machine has; 4 GiB where it does not say.
-fn machine_memory() -> u64 {
-    const UNKNOWN: u64 = 4 << 30;
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find(|line| line.starts_with("MemTotal:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-    kilobytes.map_or(UNKNOWN, |kilobytes| kilobytes * 1024)
 }

@@ -6,15 +6,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use mesh_net::hub::HubConfig;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
+use model::kernel::paced::paced;
 use router::serve::{MeshConfig, Milestone, RouterConfig};
 use serde_json::json;
 
-use crate::model_options::ModelOptions;
-use crate::{output, signals};
+use crate::model_options::{ModelOptions, parse_pace};
+use crate::output::{self, Progress};
+use crate::{memory, signals};
 
 /// Time that blocking tasks get to end once the router has stopped.
 const STOP_WITHIN: Duration = Duration::from_millis(500);
@@ -42,6 +44,13 @@ pub(crate) struct Options {
     /// Seconds to wait for the nodes of the roster before going on without the missing ones
     #[arg(long, default_value_t = 60)]
     wait: u64,
+    /// Which experts the router holds besides the nodes. all: every one, each layer's rows shared out so that router
+    /// and nodes finish together (takes the memory for it). none: only what no node holds
+    #[arg(long, value_enum, default_value_t = Replicate::None, requires = "roster")]
+    replicate: Replicate,
+    /// Be as slow as a machine that reads this many GB/s of weights (for studies)
+    #[arg(long, value_parser = parse_pace)]
+    pace_gb_s: Option<f64>,
     /// Memory for the KV cache, in MiB
     #[arg(long, default_value_t = 1024)]
     kv_memory: u64,
@@ -59,6 +68,13 @@ pub(crate) struct Options {
     stop_with_parent: bool,
 }
 
+/// Which experts the router holds besides the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Replicate {
+    All,
+    None,
+}
+
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mesh = match (&options.roster, &options.key) {
         (Some(roster), Some(key)) => {
@@ -70,9 +86,12 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     };
     let model = options.model.open()?;
     let (kernels, native) = options.model.load_kernels(&model)?;
+    let kernels = paced(kernels, options.pace_gb_s);
     let name = model.name.clone();
     let config = RouterConfig {
         mesh,
+        replicate: options.replicate == Replicate::All,
+        memory_bytes: memory::available(),
         require_exact: options.model.require_exact(),
         http: options.http,
         api_keys: options.api_key.clone(),
@@ -96,8 +115,15 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             std::future::pending::<()>().await;
         }
     };
-    let ended =
-        runtime.block_on(router::serve::run(config, |milestone| report(milestone, announce, &name), stop));
+    let mut loading = Progress::new();
+    let reached = |milestone| match milestone {
+        Milestone::Loading { done, total } if !announce => loading.show(done, total, "loading experts"),
+        milestone => {
+            loading.finish();
+            report(milestone, announce, &name);
+        }
+    };
+    let ended = runtime.block_on(router::serve::run(config, reached, stop));
     // Stopped while it was loading, a blocking task may still be at it.
     runtime.shutdown_timeout(STOP_WITHIN);
     ended?;
@@ -115,6 +141,7 @@ fn report(milestone: Milestone, announce: bool, name: &str) {
             }
             json!({"mesh": mesh.map(|a| a.to_string()), "http": http.to_string()})
         }
+        Milestone::Loading { .. } => return,
         Milestone::Ready { nodes } => {
             if !announce {
                 println!("ready with {nodes} nodes; chat with `moemesh run`");

@@ -15,6 +15,7 @@ use mesh_wire::reply::{Reply, Row};
 use model::activations::Activations;
 use model::format::Format;
 use model::kernel::native::{Native, NativeConfig};
+use model::kernel::paced::paced;
 use model::kernel::{Assignment, PartialSums};
 use model::open::Model;
 use model::region;
@@ -75,7 +76,6 @@ impl Mesh {
             kernels,
             threads: 1,
             memory_bytes: u64::MAX,
-            pace_gb_s: None,
             pool_bytes_max: StationConfig::POOL_BYTES_MAX,
         }
     }
@@ -146,11 +146,11 @@ fn a_node_that_joins_late_takes_over_while_both_epochs_are_served() {
     let mesh = mesh(2, 1, Arc::new(FakeSource::default()));
     // At a pace that both reach, so that they are equally fast and share equally.
     let start = |node| {
-        let config = mesh.config(node, Arc::new(FakeKernels::default()));
-        ExpertNode::start(NodeConfig { pace_gb_s: Some(0.01), ..config }).unwrap()
+        let kernels = paced(Arc::new(FakeKernels::default()), Some(0.001));
+        ExpertNode::start(mesh.config(node, kernels)).unwrap()
     };
     let first = start(0);
-    assert_eq!(first.hello().weight_mb_s[0], 10);
+    assert_eq!(first.hello().weight_mb_s[0], 1);
     assert!(mesh.hub.wait_ready(1, PATIENCE));
     assert_eq!(mesh.experts(0, 1), (0..8).collect::<Vec<_>>());
     let old = mesh.hub.routes().epoch;

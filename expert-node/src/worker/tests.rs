@@ -5,8 +5,7 @@ use mesh_wire::reply::Row;
 
 use super::*;
 use crate::fixture::{
-    Answers, EXPERT_BYTES, FAILS, FakeKernels, FakeSource, HIDDEN, OVERFLOWS, PANICS, call, job, placement,
-    refusal, reply,
+    Answers, FAILS, FakeKernels, FakeSource, HIDDEN, OVERFLOWS, PANICS, call, job, placement, refusal, reply,
 };
 
 struct Setup {
@@ -168,15 +167,6 @@ fn an_exhausted_pool_is_a_refusal() {
     setup.worker.pool = Pool::new(0);
     let answers = setup.one((1, 1, 1), &[1], &[(0, 0, 1.0)]);
     assert_eq!(refusal(&answers).0, Refusal::Busy);
-}
-
-#[test]
-fn the_pace_is_a_floor_under_the_service_time() {
-    let mut setup = setup();
-    // Two experts at a hundred experts per second.
-    setup.worker.pace_bytes_s = Some(100.0 * EXPERT_BYTES as f64);
-    let answers = setup.one((1, 1, 1), &[1, 1], &[(0, 0, 1.0), (1, 0, 1.0), (1, 2, 1.0)]);
-    assert!(reply(&answers).head().service_us >= 20_000);
 }
 
 #[test]
