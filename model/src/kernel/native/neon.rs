@@ -12,7 +12,6 @@ use std::arch::asm;
 
 use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
 use super::definition::{LANES, QUIET, QuantizedGroup};
-use super::elementwise;
 use super::tiles::{Tile, View};
 use crate::format::{Format, GROUP};
 
@@ -193,18 +192,6 @@ fn accumulate<const BYTES: usize, const R: usize>(
     acc
 }
 
-/// The 16 accumulators of row `r`.
-#[inline]
-#[target_feature(enable = "neon")]
-fn outputs<const R: usize>(acc: &Accumulators<R>, r: usize) -> Outputs<f32> {
-    let mut out = [0.0; LANES];
-    for (quarter, out) in out.as_chunks_mut::<QUARTER>().0.iter_mut().enumerate() {
-        // SAFETY: 4 floats are writable.
-        unsafe { vst1q_f32(out.as_mut_ptr(), acc[quarter][r]) };
-    }
-    out
-}
-
 #[target_feature(enable = "neon,dotprod")]
 fn product_pass<const BYTES: usize, const R: usize>(
     groups: &[[u8; BYTES]],
@@ -213,7 +200,25 @@ fn product_pass<const BYTES: usize, const R: usize>(
 ) {
     let acc = accumulate::<BYTES, R>(groups, 0, pass);
     for (r, out) in out[pass.tile.first + pass.row..][..R].iter_mut().enumerate() {
-        *out = outputs(&acc, r);
+        for (quarter, out) in out.as_chunks_mut::<QUARTER>().0.iter_mut().enumerate() {
+            // SAFETY: 4 floats are writable.
+            unsafe { vst1q_f32(out.as_mut_ptr(), acc[quarter][r]) };
+        }
+    }
+}
+
+/// Rounds and adds one block's results of four outputs of one row.
+#[inline]
+#[target_feature(enable = "neon")]
+fn add_terms(y: float32x4_t, (weight, scale): (f32, f32), sums: &mut [i32], peaks: &mut [u32]) {
+    let v = vmulq_n_f32(vmulq_n_f32(y, weight), scale);
+    let magnitude = vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7fff_ffff));
+    let (sums, peaks) = (&mut sums[..QUARTER], &mut peaks[..QUARTER]);
+    // SAFETY: both places are 4 values of 32 bits, readable and writable.
+    unsafe {
+        let (s, p) = (sums.as_mut_ptr(), peaks.as_mut_ptr());
+        vst1q_s32(s, vaddq_s32(vld1q_s32(s), vcvtnq_s32_f32(v)));
+        vst1q_u32(p, vmaxq_u32(vld1q_u32(p), magnitude));
     }
 }
 
@@ -228,7 +233,12 @@ fn combine_pass<const BYTES: usize, const R: usize>(
         let acc = accumulate::<BYTES, R>(chunk, index * COMBINE_GROUPS, pass);
         for r in 0..R {
             let at = pass.tile.first + pass.row + r;
-            elementwise::add_terms(&outputs(&acc, r), terms.weights[at], terms.scale, added.slot(at));
+            let (factors, added) = ((terms.weights[at], terms.scale), added.slot(at));
+            for quarter in 0..LANES / QUARTER {
+                let (sums, peaks) =
+                    (&mut added.sums[quarter * QUARTER..], &mut added.peaks[quarter * QUARTER..]);
+                add_terms(acc[quarter][r], factors, sums, peaks);
+            }
         }
     }
 }
