@@ -9,9 +9,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use mesh_net::helm::Helm;
+use mesh_net::helm::{self, Helm};
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_net::station::{Station, StationConfig, StationError, Stop};
@@ -121,7 +120,7 @@ impl ExpertNode {
         let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
         let queue = Arc::new(Queue::default());
         let pool = Pool::new(config.pool_bytes_max);
-        let helm = Arc::new(Helm::new(spin(config.threads))?);
+        let helm = Arc::new(Helm::new(helm::spin(config.threads.into()))?);
         let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone());
         let worker = worker.at(Arc::clone(&helm));
         let counters = worker.counters();
@@ -196,15 +195,6 @@ impl Drop for ExpertNode {
     fn drop(&mut self) {
         self.shutdown();
     }
-}
-
-/// How long the worker looks for the next call before it sleeps: about what a router computes between two layers of
-/// a decode step. None where its threads outnumber the cores it may use.
-const SPIN: Duration = Duration::from_micros(500);
-
-fn spin(threads: u16) -> Duration {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if usize::from(threads) <= cores { SPIN } else { Duration::ZERO }
 }
 
 /// Ends the network when the worker ends.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use mesh_net::helm;
 use mesh_net::hub::HubConfig;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
@@ -80,7 +81,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         (Some(roster), Some(key)) => {
             let (identity, roster) = (Identity::load(key)?, Roster::load(roster)?);
             let wait = Duration::from_secs(options.wait);
-            Some(MeshConfig { identity, roster, listen: options.listen, wait, spin: Duration::ZERO })
+            let spin = helm::spin(options.model.thread_count());
+            Some(MeshConfig { identity, roster, listen: options.listen, wait, spin })
         }
         _ => None,
     };

@@ -264,6 +264,14 @@ impl Hub {
         self.shared.cluster().budget(node, assignments.saturating_add(out))
     }
 
+    /// How long this node would take for a call with this many assignments, given what is already out to it: mean round
+    /// trip of such calls, or what its hello promises. `None` of a node that is not connected. For whoever decides
+    /// which call leaves first: the one that takes longest.
+    pub fn predicted(&self, node: NodeIndex, assignments: u32) -> Option<Duration> {
+        let seat = self.shared.seats.get(usize::from(node))?;
+        self.shared.cluster().predicted(node, assignments.saturating_add(seat.tally.outstanding()))
+    }
+
     /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. A decode call has left the machine when
     /// this returns, if the node's lanes and the link are free. Never waits for the node: where the call cannot be
     /// sent, `wait` says so at once.
