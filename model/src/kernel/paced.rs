@@ -208,8 +208,9 @@ mod tests {
     fn entries_take_the_time_of_the_weights_and_results_pass_through() {
         // Forty calls of two experts, a thousand experts per second: 80 ms, less the last entry's lateness.
         let paced = experts(1000, 1e6);
-        let bytes = crate::region::Buffer::zeroed(64);
-        let x = Activations::new(crate::format::Format::Bf16, 1, 16, &bytes).unwrap();
+        let format = crate::format::Format::Bf16;
+        let bytes = crate::region::Buffer::zeroed(crate::activations::row_bytes(format, 16));
+        let x = Activations::new(format, 1, 16, &bytes).unwrap();
         let two = [0, 3].map(|expert| Assignment { row: 0, expert, weight: 1.0 });
         let (mut sums, started) = (PartialSums::default(), Instant::now());
         (0..40).for_each(|_| paced.run(x, &two, &mut sums).unwrap());
