@@ -87,20 +87,20 @@ fn a_worker_that_does_something_else_is_woken_by_a_call_and_by_the_end() {
     }
     let woken = Arc::new(Woken(AtomicU32::new(0)));
     let waker = Waker::from(Arc::clone(&woken));
-    let mut context = Context::from_waker(&waker);
+    let context = Context::from_waker(&waker);
     let (pool, queue, mut batch) = (Pool::new(1 << 24), Queue::default(), Vec::new());
-    assert!(queue.poll_next(&mut batch, &mut context).is_pending());
+    assert!(queue.poll_next(&mut batch, &context).is_pending());
     queue.push(job(&pool, 1, 1, 1)).unwrap();
     assert_eq!(woken.0.load(Ordering::SeqCst), 1);
     // Somebody who looks already is not woken.
     queue.push(job(&pool, 2, 3, 1)).unwrap();
     assert_eq!(woken.0.load(Ordering::SeqCst), 1);
     for number in [1, 2] {
-        assert_eq!(queue.poll_next(&mut batch, &mut context), Poll::Ready(true));
+        assert_eq!(queue.poll_next(&mut batch, &context), Poll::Ready(true));
         assert_eq!(numbers(&std::mem::take(&mut batch)), [number]);
     }
-    assert!(queue.poll_next(&mut batch, &mut context).is_pending());
+    assert!(queue.poll_next(&mut batch, &context).is_pending());
     assert!(queue.close().is_empty());
     assert_eq!(woken.0.load(Ordering::SeqCst), 2);
-    assert_eq!(queue.poll_next(&mut batch, &mut context), Poll::Ready(false));
+    assert_eq!(queue.poll_next(&mut batch, &context), Poll::Ready(false));
 }

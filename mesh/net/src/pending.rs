@@ -197,7 +197,7 @@ impl PendingCall {
         if let Some(helm) = self.helm.as_deref().filter(|_| !self.is_done()) {
             // A timer can be had only within the runtime. However it ends, what follows looks at the slot again.
             let done = poll_fn(|context| self.slot.poll_done(context));
-            drop(helm.steer(async { timeout_at(self.slot.deadline.into(), done).await }));
+            let _steered = helm.steer(async { timeout_at(self.slot.deadline.into(), done).await });
         }
         let mut inner = self.slot.inner();
         while matches!(inner.state, State::Open) {
