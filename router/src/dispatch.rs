@@ -435,7 +435,7 @@ impl Dispatch {
             place.learned.lagged(rows, waited.map_or(0.0, micros));
         } else {
             let beside = micros(call.sent.elapsed()) - service_us;
-            place.learned.travelled(predicted, rows, (beside, waited.is_some()));
+            place.learned.travelled(predicted, rows, (beside, waited.map_or(0.0, micros)));
         }
     }
 

@@ -48,6 +48,13 @@ const FORGET: f32 = 1.0 / 64.0;
 /// A call's cost beside computing before anything is known of it, microseconds: a round trip on a wired LAN.
 const CALL_US: f32 = 200.0;
 
+/// A wait shorter than this, in microseconds, does not show that the answer was late: with one core for both, the
+/// network thread comes to fetch an answer that has long arrived only when the computing thread waits.
+const LATE_US: f32 = 150.0;
+
+/// What a call is thought to cost less after each that was not late, so that its place is given more until it is.
+const TRY_MORE: f32 = 1.0 / 32.0;
+
 /// Improvements tried per layer. Each moves an expert off the last place; a prompt's greedy start needs a few.
 const MOVES_MAX: usize = 64;
 
@@ -178,13 +185,17 @@ impl Learned {
         mean.take(ratio.clamp(known / SURPRISE_MAX, known * SURPRISE_MAX));
     }
 
-    /// A call of `rows` rows took `us` beside computing; `waited` says whether that is known, or only that it was not
-    /// more (the router was busy itself when the answer came).
-    pub fn travelled(&mut self, predicted: Predicted, rows: u32, (us, waited): (f32, bool)) {
+    /// A call of `rows` rows took `us` beside computing; the router waited `waited_us` for it when its own share was
+    /// done. Only a real wait tells the cost; else it is at most `us`, and perhaps less.
+    pub fn travelled(&mut self, predicted: Predicted, rows: u32, (us, waited_us): (f32, f32)) {
         let (mean, us) =
             if predicted.few { (&mut self.call_us, us) } else { (&mut self.row_us, us / rows.max(1) as f32) };
-        if waited || us < mean.value {
+        let late = waited_us >= LATE_US;
+        if late || us < mean.value {
             mean.take(us.max(0.0));
+        }
+        if !late {
+            mean.value -= mean.value * TRY_MORE;
         }
     }
 
@@ -231,7 +242,10 @@ pub struct Place {
 impl Place {
     /// Microseconds of an expert with so many rows.
     pub fn us(&self, rows: u32) -> f32 {
-        self.curve.us(rows) * self.learned.correction[usize::from(rows > FEW_ROWS)].value
+        let [few, many] = &self.learned.correction;
+        // A disturbed measurement is wrong for many rows as it is for few.
+        let correction = if rows > FEW_ROWS && many.seen > 0 { many } else { few };
+        self.curve.us(rows) * correction.value
     }
 }
 
