@@ -9,8 +9,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use mesh_net::helm::{self, Helm};
+use mesh_net::helm::Helm;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_net::station::{Station, StationConfig, StationError, Stop};
@@ -43,6 +44,8 @@ pub struct NodeConfig {
     pub threads: u16,
     /// Most bytes of experts it will hold.
     pub memory_bytes: u64,
+    /// How long the worker looks for packets before it sleeps; zero unless a core is to spare.
+    pub spin: Duration,
     /// Bytes of frames that may be under way (`StationConfig::POOL_BYTES_MAX`).
     pub pool_bytes_max: usize,
 }
@@ -120,7 +123,7 @@ impl ExpertNode {
         let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
         let queue = Arc::new(Queue::default());
         let pool = Pool::new(config.pool_bytes_max);
-        let helm = Arc::new(Helm::new(helm::spin(config.threads.into()))?);
+        let helm = Arc::new(Helm::new(config.spin)?);
         let worker = Worker::new(Arc::clone(&queue), Arc::clone(&shard), pool.clone());
         let worker = worker.at(Arc::clone(&helm));
         let counters = worker.counters();

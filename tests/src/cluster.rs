@@ -183,6 +183,7 @@ fn start_node(
         kernels,
         threads: 1,
         memory_bytes: 1 << 30,
+        spin: Duration::ZERO,
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
     })
     .expect("the node starts")

@@ -4,6 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -42,6 +43,9 @@ pub(crate) struct Options {
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
+    /// Microseconds to watch for the router's next call before sleeping; only where a core is to spare
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
+    spin_us: u64,
     /// Stop when standard input ends (for parents)
     #[arg(long, hide = true)]
     stop_with_parent: bool,
@@ -74,6 +78,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         kernels,
         threads: options.model.thread_count() as u16,
         memory_bytes,
+        spin: Duration::from_micros(options.spin_us),
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
     })?;
     let stop = node.stop();

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use mesh_net::helm;
 use mesh_net::hub::HubConfig;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
@@ -61,6 +60,9 @@ pub(crate) struct Options {
     /// Requests that run at a time; more wait
     #[arg(long, default_value_t = 32)]
     max_requests: usize,
+    /// Microseconds to watch for a node's answer before sleeping; only where a core is to spare
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
+    spin_us: u64,
     /// Print addresses and readiness as JSON lines (for programs)
     #[arg(long)]
     announce: bool,
@@ -81,7 +83,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         (Some(roster), Some(key)) => {
             let (identity, roster) = (Identity::load(key)?, Roster::load(roster)?);
             let wait = Duration::from_secs(options.wait);
-            let spin = helm::spin(options.model.thread_count());
+            let spin = Duration::from_micros(options.spin_us);
             Some(MeshConfig { identity, roster, listen: options.listen, wait, spin })
         }
         _ => None,

@@ -76,6 +76,7 @@ impl Mesh {
             kernels,
             threads: 1,
             memory_bytes: u64::MAX,
+            spin: Duration::ZERO,
             pool_bytes_max: StationConfig::POOL_BYTES_MAX,
         }
     }

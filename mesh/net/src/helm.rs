@@ -28,16 +28,6 @@ use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
 /// decode step, so that the helm does not change hands within a step.
 const GRACE: Duration = Duration::from_millis(2);
 
-/// How long a guest looks for packets before it sleeps, where cores allow: about what a node computes for one layer of
-/// a decode step, or a router between two layers.
-const SPIN: Duration = Duration::from_millis(1);
-
-/// `SPIN` for a process that computes with so many threads; nothing where they outnumber the cores it may use.
-pub fn spin(threads: usize) -> Duration {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if threads <= cores { SPIN } else { Duration::ZERO }
-}
-
 /// See the module.
 pub struct Helm {
     /// Locked by whoever has the seat, so never waited for.
