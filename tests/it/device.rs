@@ -35,9 +35,10 @@ fn a_node_without_room_for_a_call_refuses_it_and_serves_on() {
     let cache = tempfile::tempdir().unwrap();
     let model = open(&moemesh_tests::tale_moe(), Format::Q4, cache.path());
     let config = LibtorchConfig { memory_bytes: Some(ROOM), ..LibtorchConfig::cpu(1, Route::Dequantized) };
-    let cluster = Cluster::start_with(&model, Shape { nodes: 1, chunk: 64, kv_blocks: 64, replicate: false }, &|| {
-        Arc::new(Libtorch::new(&config).unwrap())
-    });
+    let cluster =
+        Cluster::start_with(&model, Shape { nodes: 1, chunk: 64, kv_blocks: 64, replicate: false }, &|| {
+            Arc::new(Libtorch::new(&config).unwrap())
+        });
     let state = || cluster.snapshot(0).unwrap();
 
     let (short, _) = generate(&cluster.engine, request(3, 8));

@@ -38,18 +38,11 @@ fn more_threads_than_cores_are_warned_about_and_work() {
 }
 
 #[test]
-fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
+fn instruction_sets_to_measure_are_those_of_the_machine() {
     let version = moemesh(&["version", "--json"]).json();
     let here: Vec<&str> =
         version["isa"].as_array().expect("a list").iter().filter_map(Value::as_str).collect();
-    let refused = moemesh_with(&["reference"], &[("MOEMESH_ISA", "bogus")]);
-    // The message about an unknown one lists all there are.
-    let known = refused.stderr.split("use one of ").nth(1).expect("a list").trim();
-    let known: Vec<&str> = known.split(", ").collect();
-    assert!(here.iter().all(|isa| known.contains(isa)), "{known:?} and {here:?}");
-    for lacking in known.into_iter().filter(|isa| !here.contains(isa)) {
-        let refused = moemesh_with(&["reference"], &[("MOEMESH_ISA", lacking)]);
-        refused.refused(&[lacking, "this machine has no", "unset MOEMESH_ISA", here[0]]);
+    for lacking in ["avx2", "avx512", "amx", "neon"].into_iter().filter(|isa| !here.contains(isa)) {
         moemesh(&["bench", "kernel", "--isa", lacking]).refused(&["--isa", lacking, here[0]]);
     }
     moemesh(&["bench", "kernel", "--isa", "avx9"]).refused(&["--isa", "'avx9'", here[0]]);
