@@ -30,7 +30,7 @@ pub struct EngineConfig {
     pub kv_blocks: usize,
     /// Rows per step at most, decode and prefill together.
     pub rows: usize,
-    /// Prefill rows of one sequence per step.
+    /// Prefill rows of one sequence per step while others wait for their next token (`scheduler::Limits`).
     pub chunk: usize,
     /// Sequences that run at a time.
     pub sequences: usize,

@@ -30,7 +30,8 @@ pub struct Limits {
     pub blocks: usize,
     /// Rows per step, decode and prefill together.
     pub rows: usize,
-    /// Prefill rows of one sequence per step.
+    /// Prefill rows of one sequence per step while others wait for their next token; while nobody does, a sequence
+    /// may take all rows, because large chunks read each weight for more rows.
     pub chunk: usize,
     /// Sequences that run at a time; at most `rows`, so that each can always have its decode row.
     pub sequences: usize,
@@ -242,9 +243,10 @@ impl Scheduler {
         }
         let running = || self.sequences.values().filter(|sequence| sequence.running);
         plan.slices.extend(running().filter(|sequence| sequence.decodes()).map(|sequence| sequence.slice(1)));
+        let chunk = if plan.slices.is_empty() { self.limits.rows } else { self.limits.chunk };
         let mut rows = self.limits.rows - plan.slices.len();
         for sequence in running().filter(|sequence| !sequence.decodes()) {
-            let take = (sequence.known - sequence.computed).min(self.limits.chunk).min(rows);
+            let take = (sequence.known - sequence.computed).min(chunk).min(rows);
             if take == 0 {
                 break;
             }

@@ -60,7 +60,7 @@ pub struct RouterConfig {
     pub kv_bytes: u64,
     /// Rows per step at most.
     pub rows: usize,
-    /// Prefill rows of one sequence per step.
+    /// Prefill rows of one sequence per step while others wait for their next token (`scheduler::Limits`).
     pub chunk: usize,
     /// Sequences that run at a time.
     pub sequences: usize,

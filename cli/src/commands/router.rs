@@ -54,7 +54,7 @@ pub(crate) struct Options {
     /// Memory for the KV cache, in MiB
     #[arg(long, default_value_t = 1024)]
     kv_memory: u64,
-    /// Prompt tokens of one request per step
+    /// Prompt tokens of one request per step while others are answered; twice as many while nobody waits
     #[arg(long, default_value_t = 256)]
     chunk: usize,
     /// Requests that run at a time; more wait
@@ -103,7 +103,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         kernels,
         native,
         kv_bytes: options.kv_memory << 20,
-        rows: options.chunk + options.max_requests,
+        rows: 2 * options.chunk + options.max_requests,
         chunk: options.chunk,
         sequences: options.max_requests,
     };

@@ -19,8 +19,11 @@ pub const ROWS: [u32; 5] = [1, 4, 16, 64, 256];
 /// Time for all counts of rows.
 const BUDGET: Duration = Duration::from_millis(200);
 
-/// A measurement as long as this is believed: a hundred times what the clock and the pool of threads cost.
+/// A measurement as long as this ends the search: a thousand times what the clock and the pool of threads cost.
 const ENOUGH: Duration = Duration::from_millis(8);
+
+/// A measurement as long as this counts.
+const BELIEVED: Duration = Duration::from_millis(1);
 
 /// Loaded experts to measure on.
 #[derive(Clone, Copy, Debug)]
@@ -72,8 +75,8 @@ pub fn weight_mb_s(sample: &Sample<'_>) -> Result<[u32; ROWS.len()], KernelError
 
 /// Seconds per expert of a call with so many rows through each: of one expert, then of twice as many each time
 /// until the time was long enough twice or all of the sample is used. Every time other experts, so that none is
-/// warm. A single long time may be a kernel's first call or somebody else's turn on the core; believing it would
-/// leave the machine without experts.
+/// warm. The least time counts: others are a kernel's first call or somebody else's turn on the core, and believing
+/// those would leave the machine without experts.
 fn one_expert(sample: &Sample<'_>, rows: u32, sums: &mut PartialSums) -> Result<f64, KernelError> {
     let bytes = some_rows(sample.format, sample.hidden, rows as usize);
     let experts = u32::from(sample.experts.max(1));
@@ -82,7 +85,8 @@ fn one_expert(sample: &Sample<'_>, rows: u32, sums: &mut PartialSums) -> Result<
     };
     let mut used = 1;
     let mut next = 0;
-    let mut long: Option<f64> = None;
+    let mut long = 0;
+    let mut least: Option<f64> = None;
     loop {
         let chosen = (next..next + used).map(|expert| (expert % experts) as u16);
         let assignments: Vec<_> = chosen
@@ -92,12 +96,12 @@ fn one_expert(sample: &Sample<'_>, rows: u32, sums: &mut PartialSums) -> Result<
         sample.runs.run(x, &assignments, sums)?;
         let elapsed = started.elapsed();
         let seconds = elapsed.as_secs_f64().max(1e-9) / f64::from(used);
-        let least = long.map_or(seconds, |long| long.min(seconds));
-        if used >= experts || (elapsed >= ENOUGH && long.is_some()) {
-            return Ok(least);
+        if elapsed >= BELIEVED {
+            least = Some(least.map_or(seconds, |least| least.min(seconds)));
         }
-        if elapsed >= ENOUGH {
-            long = Some(seconds);
+        long += u32::from(elapsed >= ENOUGH);
+        if used >= experts || long > 1 {
+            return Ok(least.unwrap_or(seconds));
         }
         next += used;
         used = (used * 2).min(experts);

@@ -49,11 +49,17 @@ impl Driver {
             self.present.get_mut(id).unwrap().computed = 0;
         }
         self.preemptions += plan.preempted.len();
+        let waits = |slice: &Slice| {
+            let sequence = &self.present[&slice.id];
+            sequence.known - sequence.computed == 1
+        };
+        let waited_for = plan.slices.iter().any(waits);
         let mut decoding = true;
         let mut named = BTreeSet::new();
         for slice in &plan.slices {
             assert!(named.insert(slice.id), "one slice per sequence");
-            assert!(!slice.tokens.is_empty() && slice.tokens.len() <= self.limits.chunk);
+            let most = if waited_for { self.limits.chunk } else { self.limits.rows };
+            assert!(!slice.tokens.is_empty() && slice.tokens.len() <= most);
             let expected = &self.present[&slice.id];
             let decodes = expected.known - expected.computed == 1;
             assert!(decoding || !decodes, "decode rows come first");

@@ -16,6 +16,9 @@ use super::definition::{LANES, QUIET, QuantizedGroup};
 use super::tiles::{Quads, TILE, Tile, View};
 use crate::format::{Format, GROUP};
 
+/// Below so many rows the latency of a chain of eight multiplications shows.
+const FEW_ROWS: usize = 4;
+
 /// Runs a block for each row index below `$n`, as literals.
 macro_rules! rows {
     ($n:expr, $i:ident, $b:block) => { rows!(@ $n, $i, $b, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
@@ -152,6 +155,50 @@ macro_rules! add_row {
     };
 }
 
+/// `add_row` with the chain of multiplications cut in two, which integer addition does not notice: for few rows, where
+/// nothing else hides its latency.
+macro_rules! add_row_halved {
+    ($w:ident, $sw:ident, $start:expr, $q:expr, $sx:expr, $acc:expr) => {
+        // SAFETY: as in `add_row`.
+        unsafe {
+            let (mut _dot, mut _scale): (__m512i, __m512);
+            let mut _half = _mm512_setzero_si512();
+            asm!(
+                "vpbroadcastd {d}, dword ptr [{start}]",
+                "vpdpbusd {d}, {w0}, dword ptr [{q}]{{1to16}}",
+                "vpdpbusd {e}, {w1}, dword ptr [{q} + 4]{{1to16}}",
+                "vpdpbusd {d}, {w2}, dword ptr [{q} + 8]{{1to16}}",
+                "vpdpbusd {e}, {w3}, dword ptr [{q} + 12]{{1to16}}",
+                "vpdpbusd {d}, {w4}, dword ptr [{q} + 16]{{1to16}}",
+                "vpdpbusd {e}, {w5}, dword ptr [{q} + 20]{{1to16}}",
+                "vpdpbusd {d}, {w6}, dword ptr [{q} + 24]{{1to16}}",
+                "vpdpbusd {e}, {w7}, dword ptr [{q} + 28]{{1to16}}",
+                "vmulps {s}, {sw}, dword ptr [{sx}]{{1to16}}",
+                "vpaddd {d}, {d}, {e}",
+                "vcvtdq2ps {d}, {d}",
+                "vfmadd231ps {acc}, {d}, {s}",
+                start = in(reg) $start,
+                q = in(reg) $q,
+                sx = in(reg) $sx,
+                w0 = in(zmm_reg) $w[0],
+                w1 = in(zmm_reg) $w[1],
+                w2 = in(zmm_reg) $w[2],
+                w3 = in(zmm_reg) $w[3],
+                w4 = in(zmm_reg) $w[4],
+                w5 = in(zmm_reg) $w[5],
+                w6 = in(zmm_reg) $w[6],
+                w7 = in(zmm_reg) $w[7],
+                sw = in(zmm_reg) $sw,
+                d = out(zmm_reg) _dot,
+                e = inout(zmm_reg) _half,
+                s = out(zmm_reg) _scale,
+                acc = inout(zmm_reg) $acc,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
+    };
+}
+
 /// Continues the accumulators of `R` rows with group `$g` of `$cells`, and does `$then` with each row `$r` right after.
 /// A macro, because LLVM leaves a function of this size where it is, and the accumulators would go through memory for
 /// every group.
@@ -164,7 +211,11 @@ macro_rules! add_group {
         let start = if BYTES == Format::Q8.group_bytes() { q8.as_ptr() } else { offset.as_ptr() };
         rows!(R, $r, {
             let (q, sx) = (q.as_ptr().wrapping_add($r), sx.as_ptr().wrapping_add($r));
-            add_row!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+            if R < FEW_ROWS {
+                add_row_halved!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+            } else {
+                add_row!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+            }
             $then
         });
     };

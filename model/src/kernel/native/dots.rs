@@ -24,9 +24,6 @@ pub struct Dots<'a> {
     pub output_step: usize,
 }
 
-/// Distance of the software prefetch in bytes where weights stream from memory.
-const AHEAD: usize = 2048;
-
 pub(super) type DotsFunction = unsafe fn(Dots<'_>, &mut [f32]);
 
 /// The tile, as registers allow: `W` matrix rows, `R` rows, `P` registers for 16 lanes.
@@ -38,7 +35,8 @@ unsafe fn dots<L: Lanes, const W: usize, const R: usize, const P: usize>(task: D
         let height = if row + R <= rows { R } else { 1 };
         let mut output = 0;
         while output < outputs {
-            // One row alone waits for memory, which is fastest read in order.
+            // One row alone waits for memory, which is fastest read in order, and without prefetch instructions: 50 us
+            // for a gate of 1 MB, 70 with them (Zen 4).
             let width = if rows > 1 && output + W <= outputs { W } else { 1 };
             // SAFETY: the caller's.
             unsafe {
@@ -78,9 +76,6 @@ unsafe fn tile<L: Lanes, const W: usize, const R: usize, const P: usize>(
         let mut acc = [[[L::zero(); P]; R]; W];
         for at in (0..whole).step_by(LANES) {
             let (weights, x) = (weights.as_ptr().add(at), x.as_ptr().add(at));
-            if W == 1 {
-                L::prefetch(weights.cast::<u8>().wrapping_add(AHEAD));
-            }
             step::<L, W, R, P>((weights, inputs), (x, inputs), &mut acc);
         }
         step::<L, W, R, P>((weight_rest.as_ptr().cast(), LANES), (x_rest.as_ptr().cast(), LANES), &mut acc);
