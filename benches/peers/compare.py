@@ -41,8 +41,10 @@ def main() -> None:
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(options.rounds):
         for name, run in ways.items():
-            print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr)
-            seen[name].append(run())
+            decode, prefill = run()
+            seen[name].append((decode, prefill))
+            now = f"decode {decode:.1f}, prefill {prefill:.1f} tok/s"
+            print(f"round {turn + 1} of {options.rounds}: {name}: {now}", file=sys.stderr)
     middle = {name: tuple(map(statistics.median, zip(*runs))) for name, runs in seen.items()}
     print(f"{'':<36}{'decode tok/s':>14}{f'prefill({PROMPT}) tok/s':>22}")
     for name, (decode, prefill) in middle.items():
