@@ -25,7 +25,7 @@ fn dots_are_dot16_of_every_pair() {
             let (mut weights, mut x) = (random(&mut rng, outputs * inputs), random(&mut rng, rows * inputs));
             // Products too small for f32 leave -0 in every lane, and the zeros behind the last input make +0 of it.
             weights[..inputs].fill(-1e-30);
-            x[..inputs].fill(if outputs % 2 == 0 { -0.0 } else { 1e-30 });
+            x[..inputs].fill(if outputs.is_multiple_of(2) { -0.0 } else { 1e-30 });
             let one =
                 |n: usize, r: usize| dot16(&weights[n * inputs..][..inputs], &x[r * inputs..][..inputs]);
             let by_row: Vec<f32> = (0..rows * outputs).map(|i| one(i % outputs, i / outputs)).collect();
