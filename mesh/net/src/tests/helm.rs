@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::harness::LONG;
 use crate::helm::Helm;
 
 /// A helm, kept by a thread of its own until the sender is used or dropped.
@@ -41,7 +42,7 @@ fn both_threads_drive_in_turns_and_what_either_left_undone_goes_on() {
         }
         if round % 2 == 0 {
             // The network thread takes over by itself.
-            assert_eq!(is_done.recv().unwrap(), round);
+            assert_eq!(is_done.recv_timeout(LONG), Ok(round));
         } else {
             assert!(helm.steer(spawned).unwrap().is_ok());
             assert_eq!(is_done.try_recv().unwrap(), round);
@@ -49,6 +50,29 @@ fn both_threads_drive_in_turns_and_what_either_left_undone_goes_on() {
     }
     end.send(()).unwrap();
     assert!(thread.join().unwrap());
+}
+
+#[test]
+fn what_is_begun_now_has_run_up_to_its_first_wait() {
+    // No network thread: nobody else could have run it.
+    let helm = Helm::new(Duration::ZERO).unwrap();
+    let (begun, is_begun) = channel();
+    let first = begun.clone();
+    helm.now(|| {
+        tokio::spawn(async move {
+            first.send("the first").unwrap();
+            std::future::pending::<()>().await;
+        })
+    });
+    assert_eq!(is_begun.try_recv(), Ok("the first"));
+    // Ready at the same time as another: all of them.
+    helm.now(|| {
+        for name in ["the second", "the third"] {
+            let begun = begun.clone();
+            tokio::spawn(async move { begun.send(name).unwrap() });
+        }
+    });
+    assert_eq!(is_begun.try_iter().collect::<Vec<_>>(), ["the second", "the third"]);
 }
 
 #[test]
