@@ -8,7 +8,7 @@
 //! Files, from the call down: `linear`, `experts` (drivers), `engine` (what a call computes with), `plan` (a call,
 //! sorted), `weights` (checked bytes), `pool` (threads), `isa` (the table of functions and its choice), `scalar`,
 //! `neon`, `avx2`, `avx512` and their `_bf16`, `amx` with `amx_tiles` and `crossover` (products), `elementwise` (the
-//! rest, compiled per instruction set), `columns`, `block`, `tiles` (what these take and give), `lanes` (registers),
+//! rest, compiled per instruction set), `columns`, `block`, `tiles`, `passes` (what these take and give), `lanes` (registers),
 //! `definition` (the bits). Beside them `ops`, `dots`, `rows` (row operations for the forward pass) and `stream` (how
 //! fast this machine reads).
 //!
@@ -48,6 +48,8 @@ mod linear;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod ops;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod passes;
 mod plan;
 mod pool;
 pub mod rows;

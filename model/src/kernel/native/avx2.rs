@@ -9,29 +9,15 @@
 use std::arch::x86_64::*;
 
 use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
-use super::definition::{LANES, QUIET, QuantizedGroup};
+use super::definition::{LANES, QuantizedGroup, amax};
+use super::passes::{Pass, by_rows, passes};
 use super::tiles::{Tile, View};
 use crate::format::{Format, GROUP};
-
-/// Rows per pass: more would not fit 16 registers.
-const PASS: usize = 4;
 
 /// Outputs per register.
 const HALF: usize = 8;
 
 type Accumulators<const R: usize> = [[__m256; R]; 2];
-
-/// Calls `$f::<BYTES, rows>` for 1 to 4 rows.
-macro_rules! by_rows {
-    ($rows:expr, $f:ident, $args:tt) => {
-        match $rows {
-            1 => $f::<BYTES, 1> $args,
-            2 => $f::<BYTES, 2> $args,
-            3 => $f::<BYTES, 3> $args,
-            _ => $f::<BYTES, 4> $args,
-        }
-    };
-}
 
 /// Asks for the lines of a group `ahead` bytes further on; addresses past the end are harmless.
 #[inline(always)]
@@ -101,14 +87,6 @@ fn dots<const BYTES: usize, const R: usize>(
         d[r] = _mm256_add_epi32(_mm256_madd_epi16(d[r], ones), _mm256_set1_epi32(offsets[r]));
     }
     d
-}
-
-/// Rows `row..row + R` of a tile, and the prefetch distance for this pass.
-#[derive(Clone, Copy)]
-struct Pass<'a> {
-    tile: Tile<'a>,
-    row: usize,
-    ahead: usize,
 }
 
 /// The accumulators of `R` rows over `groups`, the first of which is group `first`.
@@ -189,17 +167,6 @@ fn combine_pass<const BYTES: usize, const R: usize>(
     }
 }
 
-/// The passes over `x`: four rows of a tile at a time; only the very first prefetches.
-#[inline(always)]
-fn passes<'a>(x: View<'a>, ahead: usize) -> impl Iterator<Item = (Pass<'a>, usize)> {
-    (0..x.tiles()).map(move |t| x.tile(t)).flat_map(move |tile| {
-        (0..tile.height).step_by(PASS).map(move |row| {
-            let ahead = if tile.first + row == 0 { ahead } else { 0 };
-            (Pass { tile, row, ahead }, (tile.height - row).min(PASS))
-        })
-    })
-}
-
 /// Products of a row block with all rows of `x`; `BYTES` is the size of a group and so the format.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn product<const BYTES: usize>(block: Block<'_>, x: View<'_>, out: &mut [Outputs<f32>]) {
@@ -267,15 +234,11 @@ pub(super) fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
     let m = _mm_max_epu32(_mm256_castsi256_si128(peaks), _mm256_extracti128_si256::<1>(peaks));
     let m = _mm_max_epu32(m, _mm_shuffle_epi32::<0b1110>(m));
     let peak = _mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32::<0b01>(m))) as u32;
+    let amax = match amax(peak) {
+        Ok(amax) => amax,
+        Err(whole) => return whole,
+    };
     let mut out = QuantizedGroup::quiet();
-    if peak >= f32::INFINITY.to_bits() {
-        out.scale = f32::NAN;
-        return out;
-    }
-    let amax = f32::from_bits(peak);
-    if amax < QUIET {
-        return out;
-    }
     let inverse = _mm256_set1_ps(127.0 / amax);
     let q = v.map(|v| _mm256_cvtps_epi32(_mm256_mul_ps(v, inverse)));
     // Packing works within 128-bit halves; the permutation puts the quads back in order.

@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 use super::avx2::prefetch;
 use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
-use super::definition::{LANES, QUIET, QuantizedGroup};
+use super::definition::{LANES, QuantizedGroup, amax};
 use super::tiles::{Quads, TILE, Tile, View};
 use crate::format::{Format, GROUP};
 
@@ -359,15 +359,11 @@ pub(super) fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
     let low = _mm512_and_si512(_mm512_castps_si512(a), magnitude);
     let high = _mm512_and_si512(_mm512_castps_si512(b), magnitude);
     let peak = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
+    let amax = match amax(peak) {
+        Ok(amax) => amax,
+        Err(whole) => return whole,
+    };
     let mut out = QuantizedGroup::quiet();
-    if peak >= f32::INFINITY.to_bits() {
-        out.scale = f32::NAN;
-        return out;
-    }
-    let amax = f32::from_bits(peak);
-    if amax < QUIET {
-        return out;
-    }
     let inverse = _mm512_set1_ps(127.0 / amax);
     let a = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
     let b = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));

@@ -43,6 +43,19 @@ impl QuantizedGroup {
     }
 }
 
+/// The largest magnitude of a group, from the largest of its bit patterns without sign.
+///
+/// # Errors
+/// The whole group where nothing is left to compute: one that holds NaN or infinity, one that is quiet.
+#[inline(always)]
+pub fn amax(peak: u32) -> Result<f32, QuantizedGroup> {
+    if peak >= f32::INFINITY.to_bits() {
+        return Err(QuantizedGroup { scale: f32::NAN, ..QuantizedGroup::quiet() });
+    }
+    let amax = f32::from_bits(peak);
+    if amax < QUIET { Err(QuantizedGroup::quiet()) } else { Ok(amax) }
+}
+
 /// Quantizes one group: `scale = amax / 127`, `q = rne(x * (127 / amax))`, both divisions IEEE. `amax` is taken
 /// over bit patterns, which orders NaN above infinity above finite and does not depend on the order. No clamp is
 /// needed: `x * (127 / amax)` rounds to at most 127.
@@ -52,15 +65,11 @@ pub fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
     for v in x {
         peak = peak.max(v.to_bits() & 0x7fff_ffff);
     }
-    let amax = f32::from_bits(peak);
+    let amax = match amax(peak) {
+        Ok(amax) => amax,
+        Err(whole) => return whole,
+    };
     let mut out = QuantizedGroup::quiet();
-    if peak >= f32::INFINITY.to_bits() {
-        out.scale = f32::NAN;
-        return out;
-    }
-    if amax < QUIET {
-        return out;
-    }
     let inverse = 127.0 / amax;
     for i in 0..GROUP {
         let v = nearest(x[i] * inverse);

@@ -11,29 +11,15 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::block::{Added, Block, COMBINE_GROUPS, Outputs, Terms};
-use super::definition::{LANES, QUIET, QuantizedGroup};
-use super::tiles::{Tile, View};
+use super::definition::{LANES, QuantizedGroup, amax};
+use super::passes::{Pass, by_rows, passes};
+use super::tiles::View;
 use crate::format::{Format, GROUP};
-
-/// Rows per pass: more would not fit 32 registers.
-const PASS: usize = 4;
 
 /// Outputs per register.
 const QUARTER: usize = 4;
 
 type Accumulators<const R: usize> = [[float32x4_t; R]; LANES / QUARTER];
-
-/// Calls `$f::<BYTES, rows>` for 1 to 4 rows.
-macro_rules! by_rows {
-    ($rows:expr, $f:ident, $args:tt) => {
-        match $rows {
-            1 => $f::<BYTES, 1> $args,
-            2 => $f::<BYTES, 2> $args,
-            3 => $f::<BYTES, 3> $args,
-            _ => $f::<BYTES, 4> $args,
-        }
-    };
-}
 
 /// `d[n] += dot(weights[4n..4n + 4], row[4 * LANE..4 * LANE + 4])` for the four lanes n of `d`.
 #[inline]
@@ -100,14 +86,6 @@ fn prefetch<const BYTES: usize>(group: &[u8; BYTES], ahead: usize) {
             };
         }
     }
-}
-
-/// Rows `row..row + R` of a tile, and the prefetch distance for this pass.
-#[derive(Clone, Copy)]
-struct Pass<'a> {
-    tile: Tile<'a>,
-    row: usize,
-    ahead: usize,
 }
 
 /// The quads of four outputs in line `j` of a group.
@@ -243,17 +221,6 @@ fn combine_pass<const BYTES: usize, const R: usize>(
     }
 }
 
-/// The passes over `x`: four rows of a tile at a time; only the very first prefetches.
-#[inline(always)]
-fn passes<'a>(x: View<'a>, ahead: usize) -> impl Iterator<Item = (Pass<'a>, usize)> {
-    (0..x.tiles()).map(move |t| x.tile(t)).flat_map(move |tile| {
-        (0..tile.height).step_by(PASS).map(move |row| {
-            let ahead = if tile.first + row == 0 { ahead } else { 0 };
-            (Pass { tile, row, ahead }, (tile.height - row).min(PASS))
-        })
-    })
-}
-
 /// Products of a row block with all rows of `x`; `BYTES` is the size of a group and so the format.
 #[target_feature(enable = "neon,dotprod")]
 pub(super) fn product<const BYTES: usize>(block: Block<'_>, x: View<'_>, out: &mut [Outputs<f32>]) {
@@ -320,15 +287,11 @@ pub(super) fn quantize_group(x: &[f32; GROUP]) -> QuantizedGroup {
         peaks = vmaxq_u32(peaks, vandq_u32(vreinterpretq_u32_f32(*v), vdupq_n_u32(0x7fff_ffff)));
     }
     let peak = vmaxvq_u32(peaks);
+    let amax = match amax(peak) {
+        Ok(amax) => amax,
+        Err(whole) => return whole,
+    };
     let mut out = QuantizedGroup::quiet();
-    if peak >= f32::INFINITY.to_bits() {
-        out.scale = f32::NAN;
-        return out;
-    }
-    let amax = f32::from_bits(peak);
-    if amax < QUIET {
-        return out;
-    }
     let inverse = 127.0 / amax;
     let mut sums = vdupq_n_s32(0);
     for (pair, to) in v.as_chunks::<2>().0.iter().zip(out.values.as_chunks_mut::<8>().0) {
