@@ -115,23 +115,31 @@ fn starts<const R: usize>(offsets: &[i32; R]) -> [i32; TILE] {
 
 /// Adds the dot products of one group and one row, scaled, to `acc`. One row after the other keeps few values alive:
 /// left to itself LLVM puts all rows of a quad together, spills accumulators, and separates the multiplications from
-/// the conversions that could run beside them.
+/// the conversions that could run beside them. `halved` cuts the chain of multiplications in two, which integer addition
+/// does not notice: for few rows, where nothing else hides its latency.
 macro_rules! add_row {
-    ($w:ident, $sw:ident, $start:expr, $q:expr, $sx:expr, $acc:expr) => {
+    (whole, $($row:expr),*) => { add_row!(@ "{d}" [] [] $($row),*) };
+    (halved, $($row:expr),*) => {{
+        let half = _mm512_setzero_si512();
+        add_row!(@ "{e}" ["vpaddd {d}, {d}, {e}"] [e = inout(zmm_reg) half => _,] $($row),*)
+    }};
+    (@ $odd:literal [$($join:literal)?] [$($half:tt)*] $w:expr, $sw:expr, $start:expr, $q:expr, $sx:expr, $acc:expr) => {
         // SAFETY: reads the start value, the scale and the 32 bytes of one row, whose pointers come from references.
         unsafe {
+            // Named for their types: discarded outputs have none, and would get registers of any width.
             let (mut _dot, mut _scale): (__m512i, __m512);
             asm!(
                 "vpbroadcastd {d}, dword ptr [{start}]",
                 "vpdpbusd {d}, {w0}, dword ptr [{q}]{{1to16}}",
-                "vpdpbusd {d}, {w1}, dword ptr [{q} + 4]{{1to16}}",
+                concat!("vpdpbusd ", $odd, ", {w1}, dword ptr [{q} + 4]{{1to16}}"),
                 "vpdpbusd {d}, {w2}, dword ptr [{q} + 8]{{1to16}}",
-                "vpdpbusd {d}, {w3}, dword ptr [{q} + 12]{{1to16}}",
+                concat!("vpdpbusd ", $odd, ", {w3}, dword ptr [{q} + 12]{{1to16}}"),
                 "vpdpbusd {d}, {w4}, dword ptr [{q} + 16]{{1to16}}",
-                "vpdpbusd {d}, {w5}, dword ptr [{q} + 20]{{1to16}}",
+                concat!("vpdpbusd ", $odd, ", {w5}, dword ptr [{q} + 20]{{1to16}}"),
                 "vpdpbusd {d}, {w6}, dword ptr [{q} + 24]{{1to16}}",
-                "vpdpbusd {d}, {w7}, dword ptr [{q} + 28]{{1to16}}",
+                concat!("vpdpbusd ", $odd, ", {w7}, dword ptr [{q} + 28]{{1to16}}"),
                 "vmulps {s}, {sw}, dword ptr [{sx}]{{1to16}}",
+                $($join,)?
                 "vcvtdq2ps {d}, {d}",
                 "vfmadd231ps {acc}, {d}, {s}",
                 start = in(reg) $start,
@@ -147,50 +155,7 @@ macro_rules! add_row {
                 w7 = in(zmm_reg) $w[7],
                 sw = in(zmm_reg) $sw,
                 d = out(zmm_reg) _dot,
-                s = out(zmm_reg) _scale,
-                acc = inout(zmm_reg) $acc,
-                options(readonly, nostack, preserves_flags)
-            );
-        }
-    };
-}
-
-/// `add_row` with the chain of multiplications cut in two, which integer addition does not notice: for few rows, where
-/// nothing else hides its latency.
-macro_rules! add_row_halved {
-    ($w:ident, $sw:ident, $start:expr, $q:expr, $sx:expr, $acc:expr) => {
-        // SAFETY: as in `add_row`.
-        unsafe {
-            let (mut _dot, mut _scale): (__m512i, __m512);
-            let mut _half = _mm512_setzero_si512();
-            asm!(
-                "vpbroadcastd {d}, dword ptr [{start}]",
-                "vpdpbusd {d}, {w0}, dword ptr [{q}]{{1to16}}",
-                "vpdpbusd {e}, {w1}, dword ptr [{q} + 4]{{1to16}}",
-                "vpdpbusd {d}, {w2}, dword ptr [{q} + 8]{{1to16}}",
-                "vpdpbusd {e}, {w3}, dword ptr [{q} + 12]{{1to16}}",
-                "vpdpbusd {d}, {w4}, dword ptr [{q} + 16]{{1to16}}",
-                "vpdpbusd {e}, {w5}, dword ptr [{q} + 20]{{1to16}}",
-                "vpdpbusd {d}, {w6}, dword ptr [{q} + 24]{{1to16}}",
-                "vpdpbusd {e}, {w7}, dword ptr [{q} + 28]{{1to16}}",
-                "vmulps {s}, {sw}, dword ptr [{sx}]{{1to16}}",
-                "vpaddd {d}, {d}, {e}",
-                "vcvtdq2ps {d}, {d}",
-                "vfmadd231ps {acc}, {d}, {s}",
-                start = in(reg) $start,
-                q = in(reg) $q,
-                sx = in(reg) $sx,
-                w0 = in(zmm_reg) $w[0],
-                w1 = in(zmm_reg) $w[1],
-                w2 = in(zmm_reg) $w[2],
-                w3 = in(zmm_reg) $w[3],
-                w4 = in(zmm_reg) $w[4],
-                w5 = in(zmm_reg) $w[5],
-                w6 = in(zmm_reg) $w[6],
-                w7 = in(zmm_reg) $w[7],
-                sw = in(zmm_reg) $sw,
-                d = out(zmm_reg) _dot,
-                e = inout(zmm_reg) _half,
+                $($half)*
                 s = out(zmm_reg) _scale,
                 acc = inout(zmm_reg) $acc,
                 options(readonly, nostack, preserves_flags)
@@ -212,9 +177,9 @@ macro_rules! add_group {
         rows!(R, $r, {
             let (q, sx) = (q.as_ptr().wrapping_add($r), sx.as_ptr().wrapping_add($r));
             if R < FEW_ROWS {
-                add_row_halved!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+                add_row!(halved, w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
             } else {
-                add_row!(w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
+                add_row!(whole, w, sw, start.wrapping_add($r), q, sx, $acc[$r]);
             }
             $then
         });
