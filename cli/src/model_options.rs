@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
@@ -13,7 +12,7 @@ use model::kernel::Kernels;
 use model::kernel::fastest::{Fastest, Workload};
 #[cfg(feature = "torch")]
 use model::kernel::libtorch::{Libtorch, LibtorchConfig, Route};
-use model::kernel::native::{DEFAULT_SPIN, Isa, Native, NativeConfig};
+use model::kernel::native::{Isa, Native, NativeConfig};
 use model::open::Model;
 
 use crate::output::Progress;
@@ -30,8 +29,18 @@ pub(crate) fn threads() -> impl TypedValueParser<Value = usize> {
 }
 
 /// Cores this process may use; 1 where the system does not say.
-pub(crate) fn cores() -> usize {
+fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Tells whoever asked for more threads than there are cores.
+pub(crate) fn warn_if_crowded(threads: usize) {
+    let cores = cores();
+    if threads > cores {
+        tracing::warn!(
+            "{threads} threads on {cores} cores only wait for each other: say --threads {cores} or leave it out"
+        );
+    }
 }
 
 /// Which model, and how it is computed.
@@ -143,16 +152,9 @@ impl ModelOptions {
                 self.device
             );
         }
-        let (threads, cores) = (self.thread_count(), cores());
-        if threads > cores {
-            tracing::warn!(
-                "{threads} threads on {cores} cores only wait for each other: say --threads {cores} or leave it out"
-            );
-        }
-        let mut config = NativeConfig::threads(threads);
-        // Watching for work steals the core from whoever would bring it, once there are more threads than cores.
-        config.spin = if threads <= cores { DEFAULT_SPIN } else { Duration::ZERO };
-        let native = Arc::new(Native::new(config)?);
+        let threads = self.thread_count();
+        warn_if_crowded(threads);
+        let native = Arc::new(Native::new(NativeConfig::threads(threads))?);
         let kernels: Arc<dyn Kernels> = match (self.backend, self.kernels) {
             (Backend::Native, Class::Exact) => Arc::<Native>::clone(&native),
             (Backend::Native, Class::Fastest) => self.fastest(model, &native)?,

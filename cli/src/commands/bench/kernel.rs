@@ -14,7 +14,7 @@ use model::kernel::native::{ISA_VARIABLE, Isa, Native, NativeConfig};
 use model::kernel::{bench::MakeSubject, libtorch::PlainMatmul};
 use serde::Serialize;
 
-use crate::model_options::{cores, threads};
+use crate::model_options::{threads, warn_if_crowded};
 use crate::output;
 
 /// Widths of rows and experts at most: beyond any model, and an arena still fits into memory.
@@ -142,13 +142,7 @@ fn check(options: &Options) -> anyhow::Result<()> {
     for rows in &options.rows {
         ensure!((1..=ROWS_MAX).contains(rows), "--rows {rows}: give 1 to {ROWS_MAX}");
     }
-    let cores = cores();
-    if options.threads > cores {
-        tracing::warn!(
-            "{} threads on {cores} cores only wait for each other: say --threads {cores} or less",
-            options.threads
-        );
-    }
+    warn_if_crowded(options.threads);
     Ok(())
 }
 

@@ -108,16 +108,7 @@ impl Pool {
     /// is pinned by its owner). `spin` is how long they watch before they sleep; ignored where threads outnumber
     /// the cores this process may use.
     pub(super) fn new(threads: usize, cores: &[usize], spin: Duration) -> std::io::Result<Pool> {
-        let usable = available_parallelism().map_or(threads, usize::from);
-        let crowded = threads > usable;
-        if crowded {
-            tracing::warn!(
-                threads,
-                cores = usable,
-                "more kernel threads than cores this process may use: they take turns and sleep at once when idle, \
-                 which is slow; give as many threads as cores or allow the process more cores"
-            );
-        }
+        let crowded = available_parallelism().is_ok_and(|cores| threads > cores.get());
         let spin = if crowded { Duration::ZERO } else { spin };
         let gate = Gate { spin, sleepers: AtomicUsize::new(0), lock: Mutex::new(()), moved: Condvar::new() };
         let shared = Arc::new(Shared {
