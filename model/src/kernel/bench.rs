@@ -19,12 +19,15 @@ use serde::Serialize;
 pub use self::arena::Subject;
 pub(super) use self::arena::{Arena, ExpertRunner, LinearRunner};
 use super::native::stream::read_gb_s;
-use super::{KernelError, Kernels};
+use super::{KernelError, Kernels, measure};
 use crate::format::Format;
 use crate::region::Buffer;
 
-/// Row counts of the tables.
-pub const ROWS: [usize; 5] = [1, 4, 16, 64, 256];
+/// Row counts of the tables: those of `measure`.
+pub const ROWS: [usize; measure::ROWS.len()] = {
+    let [a, b, c, d, e] = measure::ROWS;
+    [a as usize, b as usize, c as usize, d as usize, e as usize]
+};
 
 /// A sample runs whole experts until it has lasted this long, so that the clock does not matter.
 const SAMPLE: Duration = Duration::from_millis(10);
