@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use mesh_net::helm::Helm;
+use mesh_net::helm::{Helm, SEND_HERE_BYTES_MAX};
 use mesh_wire::buffer::{Buffer as Frame, Pool};
 use mesh_wire::control::Refusal;
 use mesh_wire::payload::RowFormat;
@@ -30,10 +30,6 @@ use crate::shard::{Missing, Shape, Shard};
 /// Rows of a batch that counts as short: a decode step of a few requests. A kernel reads the weights of its experts
 /// once, whatever the rows, and that many rows of eight experts each take a few milliseconds.
 const SHORT_ROWS_MAX: u32 = 16;
-
-/// Replies that the worker puts on the wire itself, altogether: what a short batch of a model 2560 wide yields in i16.
-/// Encrypting and sending more keeps it from the next batch for longer than waking the network thread takes.
-const SEND_HERE_BYTES_MAX: usize = 80 << 10;
 
 /// Counts since the process started.
 #[derive(Debug, Default)]

@@ -28,6 +28,11 @@ use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
 /// decode step, so that the helm does not change hands within a step.
 const GRACE: Duration = Duration::from_millis(2);
 
+/// Most that a thread which computes puts on the wire itself, calls of a router as replies of a node: 16 int8 rows of a
+/// model 4096 wide, or 16 i16 rows of one 2560 wide. More needs several round trips, and encrypting it keeps the thread
+/// from computing for longer than waking the network thread takes.
+pub const SEND_HERE_BYTES_MAX: usize = 80 << 10;
+
 /// See the module.
 pub struct Helm {
     /// Locked by whoever has the seat, so never waited for.

@@ -31,7 +31,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::endpoint::{self, Close, EndpointError};
-use crate::helm::Helm;
+use crate::helm::{Helm, SEND_HERE_BYTES_MAX};
 use crate::identity::Identity;
 use crate::lane::Job;
 pub use crate::lane::Lane;
@@ -53,10 +53,6 @@ const GREETING_MAX: usize = 64;
 /// From this many on, a peer must first prove that it receives at the address it sends from: a flood of forged
 /// first packets then costs one small packet each and no memory.
 const GREETING_UNPROVEN_MAX: usize = 16;
-
-/// Largest frame that the sending thread puts on the wire itself: 16 rows of a model 4096 wide. Larger ones need
-/// several round trips or keep a core busy for longer than waking the network thread takes.
-const SEND_HERE_BYTES_MAX: usize = 80 << 10;
 
 /// Commands from other threads that may wait.
 const COMMANDS_MAX: usize = 16;
@@ -262,14 +258,6 @@ impl Hub {
         let seat = self.shared.seats.get(usize::from(node));
         let out = seat.map_or(0, |seat| seat.tally.outstanding());
         self.shared.cluster().budget(node, assignments.saturating_add(out))
-    }
-
-    /// How long this node would take for a call with this many assignments, given what is already out to it: mean round
-    /// trip of such calls, or what its hello promises. `None` of a node that is not connected. For whoever decides
-    /// which call leaves first: the one that takes longest.
-    pub fn predicted(&self, node: NodeIndex, assignments: u32) -> Option<Duration> {
-        let seat = self.shared.seats.get(usize::from(node))?;
-        self.shared.cluster().predicted(node, assignments.saturating_add(seat.tally.outstanding()))
     }
 
     /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. A decode call has left the machine when

@@ -51,16 +51,6 @@ pub enum CallError {
 /// The outcome of a call.
 pub type Outcome = Result<Reply, CallError>;
 
-/// A reply, and how long it took.
-#[derive(Debug)]
-pub struct Answer {
-    /// The sums.
-    pub reply: Reply,
-    /// From `Hub::send` until the reply had been read and checked. Less `ReplyHead::service_us` it is what the link,
-    /// both network stacks and waiting at the node took.
-    pub round_trip: Duration,
-}
-
 #[derive(Debug)]
 enum State {
     Open,
@@ -73,8 +63,6 @@ enum State {
 #[derive(Debug)]
 struct Inner {
     state: State,
-    /// From `sent` to the outcome.
-    took: Duration,
     /// Who is to be woken: the thread that drives while it waits,
     waker: Option<Waker>,
     /// or the one that sleeps.
@@ -107,7 +95,7 @@ impl Slot {
             assignments: call.assignments(),
             sent: now,
             deadline: now + Duration::from_micros(u64::from(head.budget_us)),
-            inner: Mutex::new(Inner { state: State::Open, took: Duration::ZERO, waker: None, sleeps: false }),
+            inner: Mutex::new(Inner { state: State::Open, waker: None, sleeps: false }),
             done: AtomicBool::new(false),
             wake: Condvar::new(),
             abandoned: Notify::new(),
@@ -130,7 +118,6 @@ impl Slot {
             return false;
         }
         inner.state = State::Done(outcome);
-        inner.took = self.sent.elapsed();
         self.done.store(true, Ordering::Release);
         let (waker, sleeps) = (inner.waker.take(), inner.sleeps);
         drop(inner);
@@ -186,14 +173,6 @@ impl PendingCall {
     /// # Errors
     /// Why there is none.
     pub fn wait(self) -> Outcome {
-        self.wait_timed().map(|answer| answer.reply)
-    }
-
-    /// `wait`, with the time it took.
-    ///
-    /// # Errors
-    /// Why there is no reply.
-    pub fn wait_timed(self) -> Result<Answer, CallError> {
         if let Some(helm) = self.helm.as_deref().filter(|_| !self.is_done()) {
             // A timer can be had only within the runtime. However it ends, what follows looks at the slot again.
             let done = poll_fn(|context| self.slot.poll_done(context));
@@ -209,9 +188,8 @@ impl PendingCall {
             let woken = self.slot.wake.wait_timeout(inner, left);
             inner = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let round_trip = inner.took;
         match std::mem::replace(&mut inner.state, State::Closed) {
-            State::Done(outcome) => outcome.map(|reply| Answer { reply, round_trip }),
+            State::Done(outcome) => outcome,
             State::Open | State::Closed => Err(CallError::Late),
         }
     }

@@ -277,12 +277,6 @@ impl Cluster {
         Arc::clone(&self.routes)
     }
 
-    /// How long this node is expected to take for a call with so many assignments; `None` while it is absent.
-    pub fn predicted(&self, node: NodeIndex, assignments: u32) -> Option<Duration> {
-        let link = self.nodes.get(usize::from(node))?.link.as_ref()?;
-        Some(link.trust.predicted(assignments, &link.speed))
-    }
-
     /// How long a call may take at this node before its experts are computed on the router instead (DESIGN
     /// section 8). `assignments` counts what the node has to compute before it can answer: the call's own and
     /// those of calls still out to it.

@@ -174,12 +174,6 @@ impl Trust {
         due
     }
 
-    /// How long a call is expected to take: as long as recent ones of its size, or as the node promised; zero where
-    /// nothing is known.
-    pub fn predicted(&self, assignments: u32, speed: &Speed) -> Duration {
-        self.expected(assignments).or_else(|| speed.service(assignments)).unwrap_or_default()
-    }
-
     /// How long a call may take, when `assignments` is all that the node has to compute before it can answer.
     pub fn budget(&self, assignments: u32, speed: &Speed) -> Duration {
         let expected = self.expected(assignments);
