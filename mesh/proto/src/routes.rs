@@ -12,6 +12,10 @@ use crate::facts::ModelFacts;
 /// Position of a node among the cluster's members; stable while the router runs.
 pub type NodeIndex = u16;
 
+/// The router as a holder: it has the part in memory and computes its share of it like any node. A part without any
+/// holder is the router's too, but computed from its mapped files.
+pub const ROUTER: NodeIndex = NodeIndex::MAX;
+
 /// Most nodes that hold one part: beyond a few copies, more make neither loss nor waiting rarer.
 pub const HOLDERS_MAX: usize = 4;
 
@@ -158,11 +162,11 @@ impl Table {
         })
     }
 
-    /// The same with only those holders that `serves` names.
+    /// The same with only those holders that `serves` names, and the router where it is one.
     pub fn filtered(&self, serves: impl Fn(NodeIndex) -> bool) -> Table {
         let mut table = self.clone();
         for part in table.layers.iter_mut().flat_map(|layer| &mut layer.parts) {
-            part.holders = part.holders.filtered(&serves);
+            part.holders = part.holders.filtered(|node| node == ROUTER || serves(node));
         }
         table
     }
@@ -178,9 +182,10 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// The first node that serves the first part of `expert`.
+    /// The first node (not the router) that serves the first part of `expert`.
     pub fn node(&self, layer: u16, expert: u16) -> Option<NodeIndex> {
-        self.table.parts(layer, expert).first()?.holders.as_slice().first().copied()
+        let holders = &self.table.parts(layer, expert).first()?.holders;
+        holders.as_slice().iter().copied().find(|node| *node != ROUTER)
     }
 }
 
@@ -195,7 +200,7 @@ mod tests {
         assert_eq!((table.layers(), table.experts(0), table.experts(1)), (2, 0, 2));
         let part =
             |from, to, nodes: &[NodeIndex]| Part { from, to, holders: nodes.iter().copied().collect() };
-        let whole = vec![part(0, 6, &[0, 2])];
+        let whole = vec![part(0, 6, &[0, ROUTER, 2])];
         let cut = vec![part(0, 2, &[0]), part(2, 6, &[1])];
         table.set_layer(1, [whole.clone(), cut.clone()].iter());
         assert_eq!((table.parts(1, 0), table.parts(1, 1)), (&whole[..], &cut[..]));
@@ -203,7 +208,7 @@ mod tests {
         let held: Vec<_> = table.held_by(0).map(|slice| (slice.key.expert, slice.from, slice.to)).collect();
         assert_eq!(held, [(0, 0, 6), (1, 0, 2)]);
         let without = table.filtered(|node| node != 0);
-        assert_eq!(without.parts(1, 0), [part(0, 6, &[2])]);
+        assert_eq!(without.parts(1, 0), [part(0, 6, &[ROUTER, 2])]);
         assert!(without.parts(1, 1)[0].holders.is_empty());
         let routes = Routes { epoch: 1, table: without };
         assert_eq!((routes.node(1, 0), routes.node(1, 1), routes.node(7, 0)), (Some(2), None, None));
