@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::{Assignment as WireAssignment, Call, CallDraft, CallHead};
 use mesh_wire::control::{Placement, Refusal};
-use mesh_wire::id::ExpertKey;
+use mesh_wire::id::{ExpertKey, Slice};
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::Reply;
 use model::activations::Activations;
@@ -151,7 +151,8 @@ pub(crate) fn key(layer: u16, expert: u16) -> ExpertKey {
 }
 
 pub(crate) fn placement(epoch: u64, experts: impl IntoIterator<Item = (u16, u16)>) -> Placement {
-    let experts = experts.into_iter().map(|(layer, expert)| key(layer, expert)).collect();
+    let slice = |(layer, expert)| Slice { key: key(layer, expert), from: 0, to: 1 };
+    let experts = experts.into_iter().map(slice).collect();
     Placement { epoch, model: FINGERPRINT, experts }
 }
 

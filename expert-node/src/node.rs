@@ -242,6 +242,7 @@ fn hello(config: &NodeConfig, weight_mb_s: [u32; 5]) -> Hello {
         kernels: format!("{} {}", config.kernels.name(), config.kernels.isa()),
         weight_mb_s,
         held_epoch: 0,
+        instance: 0,
     }
 }
 

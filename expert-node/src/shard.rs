@@ -264,7 +264,9 @@ impl Shard {
     fn holds(&self, placement: &Placement) -> bool {
         let held = self.lock().clone();
         let found = held.iter().find(|held| held.epoch == placement.epoch);
-        found.is_some_and(|epoch| placement.experts.iter().copied().eq(epoch.experts().map(|(key, _)| key)))
+        found.is_some_and(|epoch| {
+            placement.experts.iter().map(|slice| slice.key).eq(epoch.experts().map(|(key, _)| key))
+        })
     }
 
     /// Bytes of the placement's experts, which must be within the memory.
@@ -377,8 +379,8 @@ type Wanted = BTreeMap<u16, Vec<u16>>;
 
 fn by_layer(placement: &Placement) -> Wanted {
     let mut wanted = Wanted::new();
-    for key in &placement.experts {
-        wanted.entry(key.layer).or_default().push(key.expert);
+    for slice in &placement.experts {
+        wanted.entry(slice.key.layer).or_default().push(slice.key.expert);
     }
     wanted
 }

@@ -149,7 +149,7 @@ impl Dispatch {
             hub,
             shape,
             replicated,
-            routes: Arc::new(Routes { epoch: 0, nodes: Vec::new() }),
+            routes: Arc::new(Routes::default()),
             served: false,
             places: Vec::new(),
             view: PlacesView::default(),
@@ -211,7 +211,7 @@ impl Dispatch {
         if Arc::ptr_eq(&routes, &self.routes) {
             return;
         }
-        self.served = routes.nodes.iter().flatten().any(Option::is_some);
+        self.served = routes.table.all().any(|(_, part)| !part.holders.is_empty());
         self.routes = routes;
         let tables: Vec<_> = hub.nodes().into_iter().map(|node| node.cluster.hello).collect();
         for (index, hello) in tables.into_iter().enumerate() {

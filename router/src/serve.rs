@@ -14,7 +14,7 @@ use mesh_net::roster::Roster;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use model::decoder::LoadError;
-use model::format::Format;
+use model::format::{COMBINE_BLOCK, Format};
 use model::kernel::Kernels;
 use model::kernel::native::Native;
 use model::kernel::native::kv::{KV_BLOCK, KvCache};
@@ -277,6 +277,10 @@ pub fn model_facts(model: &Model) -> ModelFacts {
         experts: model.config.moe.experts as u16,
         expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
         top_k: model.config.moe.top_k as u16,
+        blocks: model.config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
+        hidden: model.config.hidden as u32,
+        int8_rows: model.format.is_quantized(),
+        router_bytes: model.config.token_bytes(model.format).router,
     }
 }
 

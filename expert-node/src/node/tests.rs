@@ -55,6 +55,8 @@ fn mesh(count: u8, plan_at: usize, source: Arc<dyn Source>) -> Mesh {
         experts: shape.experts,
         expert_bytes: shape.expert_bytes,
         top_k: 2,
+        blocks: 1,
+        ..ModelFacts::default()
     };
     let config = HubConfig {
         listen: ([127, 0, 0, 1], 0).into(),
@@ -112,11 +114,8 @@ impl Mesh {
     /// The experts of `layer` that `node` serves now.
     fn experts(&self, node: u16, layer: u16) -> Vec<u16> {
         let routes = self.hub.routes();
-        (0..)
-            .zip(&routes.nodes[usize::from(layer)])
-            .filter(|(_, at)| **at == Some(node))
-            .map(|(e, _)| e)
-            .collect()
+        let held = routes.table.held_by(node).filter(|slice| slice.key.layer == layer);
+        held.map(|slice| slice.key.expert).collect()
     }
 }
 

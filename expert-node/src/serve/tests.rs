@@ -17,6 +17,7 @@ fn service() -> Service {
         kernels: "fake none".into(),
         weight_mb_s: [1; 5],
         held_epoch: 99,
+        instance: 0,
     };
     let (source, kernels) = (FakeSource::default(), FakeKernels::default());
     let shard = Arc::new(Shard::new(Arc::new(source), Arc::new(kernels), hello.memory_bytes));

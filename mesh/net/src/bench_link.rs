@@ -392,6 +392,7 @@ impl NodeService for Idle {
             kernels: "none".to_owned(),
             weight_mb_s: [1000; 5],
             held_epoch: 0,
+            instance: 0,
         }
     }
 
@@ -419,7 +420,15 @@ struct CallLink {
 impl CallLink {
     fn start(keys: &Keys, spin: Duration) -> Result<CallLink, BenchError> {
         let (fingerprint, moe_layers) = ([0; 32], vec![0]);
-        let facts = ModelFacts { fingerprint, moe_layers, experts: 1, expert_bytes: 1, top_k: 1 };
+        let facts = ModelFacts {
+            fingerprint,
+            moe_layers,
+            experts: 1,
+            expert_bytes: 1,
+            top_k: 1,
+            blocks: 1,
+            ..ModelFacts::default()
+        };
         let defaults = HubConfig::new(keys.router.clone(), keys.roster.clone(), facts);
         let hub = Hub::start(HubConfig { listen: loopback(), spin, ..defaults })?;
         let config = StationConfig {

@@ -16,10 +16,10 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
-use crate::facts::{Member, ModelFacts};
+use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Speed, Trust};
-use crate::placement::{Capacity, Plan, no_owners, plan};
-use crate::routes::{NodeIndex, Routes};
+use crate::placement::{Capacity, Plan, plan};
+use crate::routes::{NodeIndex, Routes, Table};
 
 /// Longest wait of a new plan for a connected node that does not answer its placement. A node of a home cluster
 /// reads 20 GB from a slow disk in five minutes; until then the old plan serves, so waiting costs nothing but
@@ -29,6 +29,10 @@ pub const SWITCH_WAIT_MAX: Duration = Duration::from_secs(600);
 /// Largest epoch that is believed of a node. Epochs grow by one per plan; more than this is a broken or hostile
 /// node, and counting on from it could overflow.
 pub const EPOCH_MAX: u64 = 1 << 48;
+
+/// Times a node may send what no correct node sends before it is left out until the operator pardons it. One may be a
+/// defect of this program; three are a broken machine or a hostile one.
+pub const MALFORMED_MAX: u32 = 3;
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -54,6 +58,16 @@ pub enum Event {
     },
     /// A call's budget ran out, or its reply was unusable.
     Missed(NodeIndex),
+    /// It sent something that no correct node sends: a reply of the wrong shape, a frame that does not parse.
+    Malformed(NodeIndex),
+    /// It is going to stop and wants no more calls.
+    Leaving(NodeIndex),
+    /// Its link was measured.
+    Linked(NodeIndex, LinkSpeed),
+    /// The operator shut it out for good; its key is no longer in the roster.
+    Revoked(NodeIndex),
+    /// The operator lets a quarantined node back in.
+    Pardon(NodeIndex),
     /// The operator wants a plan for the nodes that are here now, without waiting for more.
     Plan,
     /// Time passed. Expected several times a second: pauses and waits end with a tick.
@@ -106,6 +120,12 @@ pub enum NodeState {
     Suspect,
     /// It refused its placement; its experts run on the router.
     Refused,
+    /// It is going to stop; calls under way are its last.
+    Leaving,
+    /// It sent what no correct node sends, `MALFORMED_MAX` times. Only the operator lets it back in.
+    Quarantined,
+    /// The operator shut it out for good.
+    Revoked,
 }
 
 impl std::fmt::Display for NodeState {
@@ -117,6 +137,9 @@ impl std::fmt::Display for NodeState {
             NodeState::Serving => "serving",
             NodeState::Suspect => "suspect",
             NodeState::Refused => "refused",
+            NodeState::Leaving => "leaving",
+            NodeState::Quarantined => "quarantined",
+            NodeState::Revoked => "revoked",
         })
     }
 }
@@ -138,6 +161,8 @@ pub struct NodeStatus {
     pub health: Option<Health>,
     /// Mean time in its kernels and mean round trip of recent calls.
     pub call_means: Option<(Duration, Duration)>,
+    /// What its link was measured to be.
+    pub link: LinkSpeed,
     /// Why it was refused, turned away or suspected last; empty if never.
     pub note: String,
 }
@@ -165,6 +190,15 @@ pub struct Cluster {
 struct Node {
     link: Option<Link>,
     note: String,
+    /// Times it sent what no correct node sends; kept over reconnects.
+    malformed: u32,
+    revoked: bool,
+}
+
+impl Node {
+    fn is_quarantined(&self) -> bool {
+        self.malformed >= MALFORMED_MAX
+    }
 }
 
 /// A connection that passed the checks.
@@ -183,6 +217,9 @@ struct Link {
     health: Option<Health>,
     trust: Trust,
     speed: Speed,
+    measured: LinkSpeed,
+    /// It said that it is going to stop.
+    leaving: bool,
 }
 
 /// A placement on its way to be used.
@@ -209,7 +246,7 @@ impl Cluster {
 
     /// As `new`, with a policy.
     pub fn with_policy(members: Vec<Member>, facts: ModelFacts, policy: Policy) -> Cluster {
-        let routes = Arc::new(Routes { epoch: 0, nodes: no_owners(&facts) });
+        let routes = Arc::new(Routes { epoch: 0, table: Table::empty(&facts) });
         let nodes = members.iter().map(|_| Node::default()).collect();
         Cluster {
             members,
@@ -251,6 +288,33 @@ impl Cluster {
                 let note = "calls went unanswered; its experts run on the router until it is tried again";
                 self.report(node, note.into(), &mut actions);
             }
+            Event::Malformed(node) => self.malformed(node, &mut actions),
+            Event::Leaving(node) => {
+                if let Some(link) = self.link(node) {
+                    link.leaving = true;
+                }
+            }
+            Event::Linked(node, measured) => {
+                if let Some(link) = self.link(node) {
+                    link.measured = measured;
+                }
+                return actions;
+            }
+            Event::Revoked(node) => {
+                if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
+                    entry.revoked = true;
+                    if entry.link.take().is_some() {
+                        let reason = "the operator revoked this node's key".to_owned();
+                        actions.push(Action::Disconnect(node, reason));
+                    }
+                }
+            }
+            Event::Pardon(node) => {
+                if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
+                    entry.malformed = 0;
+                    entry.note.clear();
+                }
+            }
             Event::Joined(node, hello) => self.joined(node, hello, &mut actions),
             Event::Lost(node) => {
                 if let Some(node) = self.nodes.get_mut(usize::from(node)) {
@@ -270,6 +334,13 @@ impl Cluster {
         self.advance(now, &mut actions);
         self.refresh(&mut actions);
         actions
+    }
+
+    /// Takes a new machine in; it has yet to come.
+    pub fn admit(&mut self, member: Member) -> NodeIndex {
+        self.members.push(member);
+        self.nodes.push(Node::default());
+        (self.nodes.len() - 1) as NodeIndex
     }
 
     /// The table to dispatch by.
@@ -324,7 +395,10 @@ impl Cluster {
         let link = entry.link.as_ref();
         let experts = self.current.as_ref().map_or(0, |stage| stage.plan.load(node).experts);
         let state = match link {
+            _ if entry.revoked => NodeState::Revoked,
+            _ if entry.is_quarantined() => NodeState::Quarantined,
             None => NodeState::Absent,
+            Some(link) if link.leaving => NodeState::Leaving,
             Some(link) if link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
@@ -341,6 +415,7 @@ impl Cluster {
             hello: link.map(|link| link.hello.clone()),
             health: link.and_then(|link| link.health),
             call_means: link.and_then(|link| link.trust.means()),
+            link: link.map_or_else(LinkSpeed::default, |link| link.measured),
             note: entry.note.clone(),
         })
     }
@@ -394,7 +469,13 @@ impl Cluster {
         }
         let entry = &mut self.nodes[usize::from(node)];
         entry.link = None;
-        entry.note.clear();
+        if entry.revoked {
+            actions.push(Action::Disconnect(node, "the operator revoked this node's key".into()));
+            return;
+        }
+        if !entry.is_quarantined() {
+            entry.note.clear();
+        }
         if let Some(reason) = self.objection(&hello) {
             self.nodes[usize::from(node)].note.clone_from(&reason);
             actions.push(Action::Disconnect(node, reason));
@@ -415,6 +496,8 @@ impl Cluster {
             weight_bytes: 0,
             health: None,
             trust: Trust::default(),
+            measured: LinkSpeed::default(),
+            leaving: false,
         };
         // Its part of the newest plan, if that plan still fits what it has. An older plan would only be loaded
         // to be dropped.
@@ -433,6 +516,17 @@ impl Cluster {
             (Some(_), _) => self.plan_wanted = true,
         }
         self.nodes[usize::from(node)].link = Some(link);
+    }
+
+    fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        entry.malformed = entry.malformed.saturating_add(1);
+        if entry.malformed == MALFORMED_MAX {
+            let note = format!(
+                "sent what no correct node sends, {MALFORMED_MAX} times; it is left out until `moemesh nodes pardon`"
+            );
+            self.report(node, note, actions);
+        }
     }
 
     fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {
@@ -497,7 +591,9 @@ impl Cluster {
 
     /// Plans for the nodes that are here and did not refuse. Without any, the wish for a plan stays.
     fn make_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let willing = self.links().filter(|(_, link)| !link.declined);
+        let willing = self.links().filter(|(node, link)| {
+            !link.declined && !link.leaving && !self.nodes[usize::from(*node)].is_quarantined()
+        });
         let capacities: Vec<_> = willing.map(|(node, link)| self.capacity(node, &link.hello)).collect();
         if capacities.is_empty() {
             return;
@@ -528,13 +624,14 @@ impl Cluster {
             .nodes
             .iter()
             .map(|node| {
-                let link = node.link.as_ref();
-                link.is_some_and(|link| link.current == Order::Held && !link.trust.is_suspect())
+                let serves =
+                    |link: &Link| link.current == Order::Held && !link.leaving && !link.trust.is_suspect();
+                !node.is_quarantined() && node.link.as_ref().is_some_and(serves)
             })
             .collect();
-        let routed = |owner: &Option<NodeIndex>| owner.filter(|node| serves[usize::from(*node)]);
-        let nodes = current.plan.owners.iter().map(|owners| owners.iter().map(routed).collect()).collect();
-        let routes = Routes { epoch: current.epoch, nodes };
+        let table =
+            current.plan.table.filtered(|node| serves.get(usize::from(node)).is_some_and(|serves| *serves));
+        let routes = Routes { epoch: current.epoch, table };
         if routes != *self.routes {
             self.routes = Arc::new(routes);
             actions.push(Action::RoutesChanged);

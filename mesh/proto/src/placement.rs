@@ -12,10 +12,10 @@
 //!
 //! What fits nowhere stays on the router. This module refuses to split or replicate an expert.
 
-use mesh_wire::id::ExpertKey;
+use mesh_wire::id::Slice;
 
 use crate::facts::ModelFacts;
-use crate::routes::NodeIndex;
+use crate::routes::{NodeIndex, Part, Table};
 
 /// A node counts as at most this many times slower than the fastest. A start-up measurement that was disturbed
 /// (several nodes start at once on a small machine) can be off by a factor of hundreds, and a node without any
@@ -51,25 +51,27 @@ impl Capacity {
 pub struct Plan {
     /// The nodes it was made for.
     pub capacities: Vec<Capacity>,
-    /// `owners[layer][expert]`; `None` stays on the router. A layer without routed experts has an empty entry.
-    pub owners: Vec<Vec<Option<NodeIndex>>>,
+    /// Who shall hold what.
+    pub table: Table,
 }
 
 impl Plan {
     /// Experts of `node`, ascending.
-    pub fn experts(&self, node: NodeIndex) -> Vec<ExpertKey> {
-        let layers = (0..).zip(&self.owners);
-        let keys = layers.flat_map(|(layer, owners)| {
-            (0..).zip(owners).map(move |(expert, owner)| (ExpertKey { layer, expert }, *owner))
-        });
-        keys.filter(|(_, owner)| *owner == Some(node)).map(|(key, _)| key).collect()
+    pub fn experts(&self, node: NodeIndex) -> Vec<Slice> {
+        self.table.held_by(node).collect()
+    }
+
+    /// By expert of a layer, its first holder.
+    fn owners(&self, layer: u16) -> impl Iterator<Item = Option<NodeIndex>> {
+        (0..self.table.experts(layer))
+            .map(move |expert| self.table.parts(layer, expert).first()?.holders.as_slice().first().copied())
     }
 
     /// How many experts `node` holds, in all and at most in one layer.
     pub fn load(&self, node: NodeIndex) -> Load {
-        let held = |owners: &Vec<_>| owners.iter().filter(|owner| **owner == Some(node)).count();
-        let per_layer = self.owners.iter().map(held);
-        per_layer.fold(Load::default(), |load, n| Load {
+        let mut per_layer = vec![0; usize::from(self.table.layers())];
+        self.table.held_by(node).for_each(|slice| per_layer[usize::from(slice.key.layer)] += 1);
+        per_layer.into_iter().fold(Load::default(), |load, n| Load {
             experts: load.experts + n,
             per_layer: load.per_layer.max(n),
         })
@@ -77,7 +79,7 @@ impl Plan {
 
     /// Experts that stay on the router.
     pub fn unplaced(&self) -> usize {
-        self.owners.iter().flatten().filter(|owner| owner.is_none()).count()
+        self.table.all().filter(|(_, part)| part.holders.is_empty()).count()
     }
 
     /// What the plan was told about `node`, if it takes part.
@@ -95,16 +97,6 @@ pub struct Load {
     pub per_layer: usize,
 }
 
-/// An empty owner table of the model's shape.
-pub(crate) fn no_owners(facts: &ModelFacts) -> Vec<Vec<Option<NodeIndex>>> {
-    let layers = facts.moe_layers.iter().max().map_or(0, |last| usize::from(*last) + 1);
-    let mut owners = vec![Vec::new(); layers];
-    for layer in &facts.moe_layers {
-        owners[usize::from(*layer)] = vec![None; usize::from(facts.experts)];
-    }
-    owners
-}
-
 /// Splits the experts over `nodes` (each node once), changing little of `previous`.
 ///
 /// All experts are placed if and only if the nodes have room for them. The split follows the measured bandwidth
@@ -114,15 +106,19 @@ pub fn plan(facts: &ModelFacts, nodes: &[Capacity], previous: Option<&Plan>) -> 
     let layers = facts.moe_layers.len();
     let wanted = layers as u64 * u64::from(facts.experts);
     let quotas = quotas(facts, nodes, wanted);
-    let mut owners = no_owners(facts);
+    let mut table = Table::empty(facts);
     let shares = spread(facts, nodes, &quotas, previous);
     for (slot, layer) in facts.moe_layers.iter().enumerate() {
-        let layer = usize::from(*layer);
-        let before = previous.and_then(|plan| plan.owners.get(layer));
+        let before: Vec<_> = previous.iter().flat_map(|plan| plan.owners(*layer)).collect();
         let counts: Vec<u64> = shares.iter().map(|per_layer| per_layer[slot]).collect();
-        assign(&mut owners[layer], nodes, counts, before.map_or(&[], Vec::as_slice));
+        let mut owners = vec![None; usize::from(facts.experts)];
+        assign(&mut owners, nodes, counts, &before);
+        let whole = |owner: Option<NodeIndex>| {
+            [Part { from: 0, to: facts.blocks, holders: owner.into_iter().collect() }]
+        };
+        table.set_layer(*layer, owners.into_iter().map(whole));
     }
-    Plan { capacities: nodes.to_vec(), owners }
+    Plan { capacities: nodes.to_vec(), table }
 }
 
 /// Experts per node in all: `wanted` in proportion to the weights, no node above its room.
@@ -194,9 +190,8 @@ fn spread(facts: &ModelFacts, nodes: &[Capacity], quotas: &[u64], previous: Opti
     }
     for ((node, quota), share) in nodes.iter().zip(quotas).zip(&mut shares) {
         let held = |slot: usize| {
-            let layer = usize::from(facts.moe_layers[slot]);
-            let owners = previous.and_then(|plan| plan.owners.get(layer));
-            owners.map_or(0, |owners| owners.iter().filter(|owner| **owner == Some(node.node)).count())
+            let owners = previous.iter().flat_map(|plan| plan.owners(facts.moe_layers[slot]));
+            owners.filter(|owner| *owner == Some(node.node)).count()
         };
         let mut slots: Vec<usize> = (0..layers).collect();
         slots.sort_by_cached_key(|slot| (std::cmp::Reverse((owed[*slot], held(*slot))), *slot));

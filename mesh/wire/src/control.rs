@@ -3,10 +3,10 @@
 //! These are said a few times per second at most, so they are ordinary structs with strings; `message` writes them
 //! as flat archives and checks every length, text and code of those that come in.
 
-use crate::id::ExpertKey;
+use crate::id::Slice;
 
 /// First message of a node on its control stream.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Hello {
     /// Name the operator gave the node; at most `NAME_BYTES_MAX` bytes of UTF-8.
     pub name: String,
@@ -26,6 +26,8 @@ pub struct Hello {
     pub weight_mb_s: [u32; 5],
     /// Epoch whose placement it still holds in memory, 0 for none.
     pub held_epoch: u64,
+    /// Drawn when the process started: tells a machine that came back from a second one with a copied key.
+    pub instance: u64,
 }
 
 /// The router's order to hold these experts.
@@ -35,8 +37,8 @@ pub struct Placement {
     pub epoch: u64,
     /// Model it is about (BLAKE3 of the manifest).
     pub model: [u8; 32],
-    /// Experts this node shall hold, ascending.
-    pub experts: Vec<ExpertKey>,
+    /// Experts this node shall hold, whole or in part, ascending by expert; each expert at most once.
+    pub experts: Vec<Slice>,
 }
 
 /// The node's answer to a `Placement`.
@@ -65,6 +67,26 @@ pub struct Health {
     pub queued: u32,
     /// Resident memory of the process.
     pub resident_bytes: u64,
+}
+
+/// The router asks on a lane how long bytes take; the node answers with `Probed`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Comes back in the answer.
+    pub id: u64,
+    /// Bytes of padding the answer shall carry; at most `PROBE_BYTES_MAX`.
+    pub answer_bytes: u32,
+    /// Padding of this message.
+    pub padding: Vec<u8>,
+}
+
+/// The answer to a `Probe`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probed {
+    /// Of the probe.
+    pub id: u64,
+    /// As many bytes as were asked for.
+    pub padding: Vec<u8>,
 }
 
 /// Why a node did not compute a call.

@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::payload::{GROUP, RowFormat};
 
 /// The protocol and its version, negotiated in TLS.
-pub const ALPN: &[u8] = b"moemesh/1";
+pub const ALPN: &[u8] = b"moemesh/2";
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 8;
@@ -43,6 +43,12 @@ pub const BUDGET_US_MAX: u32 = 60_000_000;
 /// Experts in one placement: 60 layers of 384 (Kimi-K2) are 23 040.
 pub const PLACED_EXPERTS_MAX: usize = 1 << 16;
 
+/// Padding of a probe or of its answer: what a gigabit link carries in 2 ms, so that a decode call is not held up by it.
+pub const PROBE_BYTES_MAX: usize = 256 << 10;
+
+/// Bytes of a signed roster: 256 machines take about a tenth.
+pub const ROSTER_BYTES_MAX: usize = 256 << 10;
+
 /// Bytes of a node's name, as in DNS labels.
 pub const NAME_BYTES_MAX: usize = 63;
 
@@ -66,6 +72,10 @@ pub enum Op {
     Reply = 2,
     /// Node to router: why a call was not computed.
     CallRefused = 3,
+    /// Router to node: how long do bytes take?
+    Probe = 4,
+    /// Node to router: the answer to that.
+    Probed = 5,
     /// Node to router, first on the control stream: who it is and what it can do.
     Hello = 16,
     /// Router to node: the experts to hold.
@@ -76,12 +86,34 @@ pub enum Op {
     Health = 19,
     /// Either side, last: why it closes.
     Goodbye = 20,
+    /// Node to router: it is going to stop; no more calls, please. It serves those under way.
+    Leaving = 21,
+    /// Router to node: are you there?
+    Ping = 22,
+    /// Node to router: yes.
+    Pong = 23,
+    /// Router to node: the signed roster, now and whenever it changes.
+    Roster = 32,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Op; 8] =
-        [Op::Call, Op::Reply, Op::CallRefused, Op::Hello, Op::Placement, Op::Placed, Op::Health, Op::Goodbye];
+    pub const ALL: [Op; 14] = [
+        Op::Call,
+        Op::Reply,
+        Op::CallRefused,
+        Op::Probe,
+        Op::Probed,
+        Op::Hello,
+        Op::Placement,
+        Op::Placed,
+        Op::Health,
+        Op::Goodbye,
+        Op::Leaving,
+        Op::Ping,
+        Op::Pong,
+        Op::Roster,
+    ];
 
     /// The operation with this code.
     pub fn from_code(code: u16) -> Option<Op> {
@@ -93,7 +125,10 @@ impl Op {
         match self {
             Op::Call => CALL_PAYLOAD_BYTES_MAX + ASSIGNMENTS_MAX * 12 + ARCHIVE_FIXED_BYTES_MAX,
             Op::Reply => BODY_BYTES_MAX,
-            Op::Placement => PLACED_EXPERTS_MAX * 4 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Placement => PLACED_EXPERTS_MAX * 8 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Probe | Op::Probed => PROBE_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Roster => ROSTER_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Leaving | Op::Ping | Op::Pong => ARCHIVE_FIXED_BYTES_MAX,
             Op::Hello => NAME_BYTES_MAX + 2 * TEXT_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
             Op::CallRefused | Op::Placed | Op::Health | Op::Goodbye => {
                 TEXT_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX
@@ -284,7 +319,9 @@ pub enum FrameError {
         max: usize,
     },
     /// A placement lists too many experts, or not in strictly ascending order.
-    #[error("a placement lists its experts strictly ascending, at most {PLACED_EXPERTS_MAX} of them")]
+    #[error(
+        "a placement lists its experts strictly ascending, at most {PLACED_EXPERTS_MAX} of them, none empty"
+    )]
     Experts,
     /// A code in a control message is not one of the known.
     #[error("the {field} has the unknown value {value}")]

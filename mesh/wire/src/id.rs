@@ -52,6 +52,18 @@ impl<'de> Deserialize<'de> for NodeId {
     }
 }
 
+/// What a node holds of one expert: the intermediate values of these blocks, so the rows of gate and up and the
+/// columns of down that belong to them. A whole expert is `0..blocks`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slice {
+    /// The expert.
+    pub key: ExpertKey,
+    /// First block of 128 intermediate values (`COMBINE_BLOCK` of the model).
+    pub from: u16,
+    /// The block after the last one.
+    pub to: u16,
+}
+
 /// One expert of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExpertKey {

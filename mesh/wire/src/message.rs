@@ -11,9 +11,11 @@ use rkyv::{Archive, Portable, Serialize};
 
 use crate::archive::{self, Reserve};
 use crate::buffer::{Buffer, Pool};
-use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Refusal};
-use crate::frame::{FrameError, NAME_BYTES_MAX, Op, PLACED_EXPERTS_MAX, TEXT_BYTES_MAX};
-use crate::id::ExpertKey;
+use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal};
+use crate::frame::{
+    FrameError, NAME_BYTES_MAX, Op, PLACED_EXPERTS_MAX, PROBE_BYTES_MAX, ROSTER_BYTES_MAX, TEXT_BYTES_MAX,
+};
+use crate::id::{ExpertKey, Slice};
 
 /// Bytes of a `Hello`'s version and kernel texts.
 const LABEL_BYTES_MAX: usize = TEXT_BYTES_MAX / 2;
@@ -33,13 +35,25 @@ pub enum Message {
     Health(Health),
     /// See `control::Goodbye`.
     Goodbye(Goodbye),
+    /// See `control::Probe`.
+    Probe(Probe),
+    /// See `control::Probed`.
+    Probed(Probed),
+    /// The node is going to stop: it wants no more calls and serves those under way.
+    Leaving,
+    /// Are you there? With a number of the asker's.
+    Ping(u64),
+    /// Yes, with that number.
+    Pong(u64),
+    /// A signed roster, as bytes; what they mean is not this crate's.
+    Roster(Vec<u8>),
 }
 
 impl Message {
     /// Writes it as a frame into a buffer of the pool.
     ///
     /// # Errors
-    /// `Experts` for a placement that is not strictly ascending or too long; `PoolExhausted`.
+    /// `Experts` for a placement that is not strictly ascending or too long, `TooLong` for a blob, `PoolExhausted`.
     pub fn encode(&self, pool: &Pool) -> Result<Buffer, FrameError> {
         match self {
             Message::CallRefused(refused) => encode_refused(pool, refused),
@@ -48,6 +62,14 @@ impl Message {
             Message::Placed(placed) => encode_placed(pool, placed),
             Message::Health(health) => encode_health(pool, *health),
             Message::Goodbye(goodbye) => encode_goodbye(pool, goodbye),
+            Message::Probe(Probe { id, answer_bytes, padding }) => {
+                encode_blob(pool, Op::Probe, (*id, *answer_bytes), padding)
+            }
+            Message::Probed(Probed { id, padding }) => encode_blob(pool, Op::Probed, (*id, 0), padding),
+            Message::Leaving => encode_blob(pool, Op::Leaving, (0, 0), &[]),
+            Message::Ping(id) => encode_blob(pool, Op::Ping, (*id, 0), &[]),
+            Message::Pong(id) => encode_blob(pool, Op::Pong, (*id, 0), &[]),
+            Message::Roster(bytes) => encode_blob(pool, Op::Roster, (0, 0), bytes),
         }
     }
 
@@ -71,6 +93,7 @@ impl Message {
             Op::Placed => decode_placed(body).map(Message::Placed),
             Op::Health => decode_health(body).map(Message::Health),
             Op::Goodbye => decode_goodbye(body).map(Message::Goodbye),
+            Op::Probe | Op::Probed | Op::Leaving | Op::Ping | Op::Pong | Op::Roster => decode_blob(op, body),
             Op::Call | Op::Reply => Err(FrameError::UnexpectedOp(op)),
         }
     }
@@ -110,6 +133,7 @@ struct HelloArchive {
     model: [u8; 32],
     memory_bytes: u64,
     held_epoch: u64,
+    instance: u64,
     weight_mb_s: [u32; 5],
     threads: u16,
     exact: u8,
@@ -126,6 +150,7 @@ fn encode_hello(pool: &Pool, hello: &Hello) -> Result<Buffer, FrameError> {
         model: hello.model,
         memory_bytes: hello.memory_bytes,
         held_epoch: hello.held_epoch,
+        instance: hello.instance,
         weight_mb_s: hello.weight_mb_s,
         threads: hello.threads,
         exact: u8::from(hello.exact),
@@ -157,16 +182,66 @@ fn decode_hello(body: &[u8]) -> Result<Hello, FrameError> {
         kernels: text("kernels", &archived.kernels, LABEL_BYTES_MAX)?,
         weight_mb_s: archived.weight_mb_s.map(|rate| rate.to_native()),
         held_epoch: archived.held_epoch.to_native(),
+        instance: archived.instance.to_native(),
     })
 }
 
-/// `ExpertKey` as it travels.
+/// Everything that is a number or two and some bytes.
+#[derive(Archive, Serialize)]
+struct BlobArchive {
+    id: u64,
+    wanted: u32,
+    bytes: Reserve<u8>,
+}
+
+/// Most bytes a blob of this operation carries, and of an answer it may ask for.
+const fn blob_bytes_max(op: Op) -> usize {
+    match op {
+        Op::Probe | Op::Probed => PROBE_BYTES_MAX,
+        Op::Roster => ROSTER_BYTES_MAX,
+        _ => 0,
+    }
+}
+
+fn encode_blob(pool: &Pool, op: Op, (id, wanted): (u64, u32), bytes: &[u8]) -> Result<Buffer, FrameError> {
+    let max = blob_bytes_max(op);
+    if bytes.len().max(wanted as usize) > max {
+        return Err(FrameError::TooLong { op, bytes: bytes.len().max(wanted as usize), max });
+    }
+    let value = BlobArchive { id, wanted, bytes: Reserve::new(bytes.len()) };
+    let mut buffer = archive::write(pool, op, bytes.len(), &value)?;
+    buffer.body_mut()[value.bytes.range()].copy_from_slice(bytes);
+    Ok(buffer)
+}
+
+fn decode_blob(op: Op, body: &[u8]) -> Result<Message, FrameError> {
+    let archived = archive::read::<ArchivedBlobArchive>(op, body)?;
+    let (id, answer_bytes) = (archived.id.to_native(), archived.wanted.to_native());
+    let (bytes, max) = (archived.bytes.len().max(answer_bytes as usize), blob_bytes_max(op));
+    if bytes > max {
+        return Err(FrameError::TooLong { op, bytes, max });
+    }
+    let padding = archived.bytes.to_vec();
+    Ok(match op {
+        Op::Probe => Message::Probe(Probe { id, answer_bytes, padding }),
+        Op::Probed => Message::Probed(Probed { id, padding }),
+        Op::Leaving => Message::Leaving,
+        Op::Ping => Message::Ping(id),
+        Op::Pong => Message::Pong(id),
+        Op::Roster => Message::Roster(padding),
+        _ => return Err(FrameError::UnexpectedOp(op)),
+    })
+}
+
+/// `Slice` as it travels.
 #[derive(Clone, Copy, Debug, CheckBytes, Portable)]
 #[bytecheck(crate = rkyv::bytecheck)]
 #[repr(C)]
 struct Key {
     layer: u16_le,
     expert: u16_le,
+    from: u16_le,
+    to: u16_le,
 }
 
 #[derive(Archive, Serialize)]
@@ -185,9 +260,9 @@ fn encode_placement(pool: &Pool, placement: &Placement) -> Result<Buffer, FrameE
     };
     let mut buffer = archive::write(pool, Op::Placement, value.experts.bytes(), &value)?;
     let room = buffer.body_mut()[value.experts.range()].chunks_exact_mut(size_of::<Key>());
-    for (to, key) in room.zip(&placement.experts) {
-        to[..2].copy_from_slice(&key.layer.to_le_bytes());
-        to[2..].copy_from_slice(&key.expert.to_le_bytes());
+    for (to, slice) in room.zip(&placement.experts) {
+        let fields = [slice.key.layer, slice.key.expert, slice.from, slice.to];
+        to.chunks_exact_mut(2).zip(fields).for_each(|(to, field)| to.copy_from_slice(&field.to_le_bytes()));
     }
     Ok(buffer)
 }
@@ -197,15 +272,23 @@ fn decode_placement(body: &[u8]) -> Result<Placement, FrameError> {
     if archived.experts.len() > PLACED_EXPERTS_MAX {
         return Err(FrameError::Experts);
     }
-    let key = |key: &Key| ExpertKey { layer: key.layer.to_native(), expert: key.expert.to_native() };
-    let experts: Vec<_> = archived.experts.iter().map(key).collect();
+    let slice = |key: &Key| Slice {
+        key: ExpertKey { layer: key.layer.to_native(), expert: key.expert.to_native() },
+        from: key.from.to_native(),
+        to: key.to.to_native(),
+    };
+    let experts: Vec<_> = archived.experts.iter().map(slice).collect();
     check_experts(&experts)?;
     Ok(Placement { epoch: archived.epoch.to_native(), model: archived.model, experts })
 }
 
-fn check_experts(experts: &[ExpertKey]) -> Result<(), FrameError> {
-    let ascending = experts.is_sorted_by(|a, b| a < b);
-    if ascending && experts.len() <= PLACED_EXPERTS_MAX { Ok(()) } else { Err(FrameError::Experts) }
+fn check_experts(experts: &[Slice]) -> Result<(), FrameError> {
+    let ascending = experts.is_sorted_by(|a, b| a.key < b.key);
+    if ascending && experts.iter().all(|slice| slice.from < slice.to) && experts.len() <= PLACED_EXPERTS_MAX {
+        Ok(())
+    } else {
+        Err(FrameError::Experts)
+    }
 }
 
 #[derive(Archive, Serialize)]

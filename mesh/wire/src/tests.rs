@@ -5,12 +5,12 @@ use proptest::prelude::*;
 
 use crate::buffer::{Buffer, Pool};
 use crate::call::{Assignment, Call, CallDraft, CallHead, CallView};
-use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Refusal};
+use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal};
 use crate::frame::{
     ASSIGNMENTS_MAX, BODY_BYTES_MAX, FrameError, HEADER_BYTES, HIDDEN_MAX, Header, NAME_BYTES_MAX, Op,
-    PLACED_EXPERTS_MAX, ROWS_MAX, TEXT_BYTES_MAX, TOP_K_MAX,
+    PLACED_EXPERTS_MAX, PROBE_BYTES_MAX, ROSTER_BYTES_MAX, ROWS_MAX, TEXT_BYTES_MAX, TOP_K_MAX,
 };
-use crate::id::ExpertKey;
+use crate::id::{ExpertKey, Slice};
 use crate::message::Message;
 use crate::payload::{RowFormat, SumWidth, row_bytes};
 use crate::reply::{Reply, ReplyDraft, ReplyHead, ReplyView, Row, encode_sums};
@@ -56,6 +56,10 @@ fn parse(op: Op, body: &[u8]) -> Result<(), FrameError> {
     }
 }
 
+fn slice(layer: u16, expert: u16) -> Slice {
+    Slice { key: ExpertKey { layer, expert }, from: 0, to: 6 }
+}
+
 fn messages() -> Vec<Message> {
     let hello = Hello {
         name: "köln".into(),
@@ -67,8 +71,9 @@ fn messages() -> Vec<Message> {
         kernels: "native avx512-vnni".into(),
         weight_mb_s: [1, 2, 3, 4, 5],
         held_epoch: 4,
+        instance: u64::MAX,
     };
-    let experts = vec![ExpertKey { layer: 0, expert: 3 }, ExpertKey { layer: 1, expert: 0 }];
+    let experts = vec![slice(0, 3), Slice { from: 2, to: 6, ..slice(1, 0) }];
     let health = Health { epoch: 1, calls: 2, rows: 3, busy_us: 4, queued: 5, resident_bytes: 6 };
     let refused = CallRefused { call: 9, refusal: Refusal::UnknownEpoch, detail: "epoch 3, not 4".into() };
     vec![
@@ -78,6 +83,12 @@ fn messages() -> Vec<Message> {
         Message::Health(health),
         Message::Goodbye(Goodbye { reason: "stopped by its operator".into() }),
         Message::CallRefused(refused),
+        Message::Probe(Probe { id: 3, answer_bytes: 4, padding: vec![5; 6] }),
+        Message::Probed(Probed { id: 3, padding: vec![0; 4] }),
+        Message::Leaving,
+        Message::Ping(u64::MAX),
+        Message::Pong(1),
+        Message::Roster(vec![7; 900]),
     ]
 }
 
@@ -361,10 +372,12 @@ fn texts_are_shortened_on_the_way_out_and_checked_on_the_way_in() {
 
 #[test]
 fn placements_are_ascending_and_bounded() {
-    let key = |layer, expert| ExpertKey { layer, expert };
+    let key = slice;
     let encode =
         |experts| Message::Placement(Placement { epoch: 1, model: [0; 32], experts }).encode(&pool());
-    for experts in [vec![key(1, 0), key(0, 0)], vec![key(0, 1), key(0, 1)]] {
+    let empty = Slice { from: 3, to: 3, ..key(0, 0) };
+    let twice = vec![Slice { to: 3, ..key(0, 1) }, Slice { from: 3, ..key(0, 1) }];
+    for experts in [vec![key(1, 0), key(0, 0)], vec![key(0, 1), key(0, 1)], vec![empty], twice] {
         assert_eq!(encode(experts).map(drop), Err(FrameError::Experts));
     }
     let all: Vec<_> = (0..=u16::MAX).map(|expert| key(3, expert)).collect();
@@ -376,7 +389,7 @@ fn placements_are_ascending_and_bounded() {
     assert_eq!(encode(more).map(drop), Err(FrameError::Experts));
     // The first two keys swapped, as a hostile router might send them.
     let mut buffer = encode(vec![key(0, 1), key(0, 2)]).unwrap();
-    let (at, other) = (2, 6);
+    let (at, other) = (2, 10);
     assert_eq!((buffer.body()[at], buffer.body()[other]), (1, 2));
     buffer.body_mut().swap(at, other);
     assert_eq!(Message::decode(&buffer), Err(FrameError::Experts));
@@ -485,6 +498,8 @@ proptest! {
             // Mostly zeros get further: pointers and lengths become plausible.
             body.iter_mut().for_each(|byte| if *byte < 230 { *byte = 0 });
         }
+        // More than its operation may have is refused with the header.
+        body.truncate(op.body_bytes_max());
         let buffer = received(op, &body);
         match op {
             Op::Call => CallView::parse(buffer.body()).map_or_else(|_| (), check_call),
@@ -515,4 +530,24 @@ proptest! {
             prop_assert!(header.body_bytes() <= header.op().body_bytes_max());
         }
     }
+}
+
+#[test]
+fn probes_and_rosters_are_bounded() {
+    let long = |op: Op, max: usize| FrameError::TooLong { op, bytes: max + 1, max };
+    let probe =
+        |answer_bytes, padding| Message::Probe(Probe { id: 1, answer_bytes, padding: vec![0; padding] });
+    let outcome = |message: Message| message.encode(&pool()).map(drop);
+    assert_eq!(outcome(probe(PROBE_BYTES_MAX as u32, PROBE_BYTES_MAX)), Ok(()));
+    assert_eq!(outcome(probe(PROBE_BYTES_MAX as u32 + 1, 0)), Err(long(Op::Probe, PROBE_BYTES_MAX)));
+    assert_eq!(outcome(probe(0, PROBE_BYTES_MAX + 1)), Err(long(Op::Probe, PROBE_BYTES_MAX)));
+    assert_eq!(outcome(Message::Roster(vec![0; ROSTER_BYTES_MAX])), Ok(()));
+    assert_eq!(
+        outcome(Message::Roster(vec![0; ROSTER_BYTES_MAX + 1])),
+        Err(long(Op::Roster, ROSTER_BYTES_MAX))
+    );
+    // A ping has no room for anything, whatever its archive says.
+    let mut stuffed = Message::Roster(vec![1; 8]).encode(&pool()).unwrap();
+    let body = stuffed.body_mut().to_vec();
+    assert!(Message::decode(&received(Op::Ping, &body)).is_err());
 }

@@ -58,8 +58,15 @@ pub(super) fn keys(nodes: usize) -> Keys {
 }
 
 pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
-    let facts =
-        ModelFacts { fingerprint: MODEL, moe_layers: vec![0, 1], experts: 4, expert_bytes: 100, top_k: 2 };
+    let facts = ModelFacts {
+        fingerprint: MODEL,
+        moe_layers: vec![0, 1],
+        experts: 4,
+        expert_bytes: 100,
+        top_k: 2,
+        blocks: 1,
+        ..ModelFacts::default()
+    };
     HubConfig { listen, ..HubConfig::new(keys.router.clone(), keys.roster.clone(), facts) }
 }
 
@@ -78,6 +85,7 @@ pub(super) fn hello() -> Hello {
         kernels: "none".into(),
         weight_mb_s: [1000; 5],
         held_epoch: 0,
+        instance: 0,
     }
 }
 

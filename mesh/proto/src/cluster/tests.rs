@@ -2,14 +2,22 @@
 
 mod simulation;
 
-use mesh_wire::id::{ExpertKey, NodeId};
+use mesh_wire::id::{ExpertKey, NodeId, Slice};
 
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 fn facts() -> ModelFacts {
-    ModelFacts { fingerprint: [7; 32], moe_layers: vec![1, 2], experts: 12, expert_bytes: 100, top_k: 2 }
+    ModelFacts {
+        fingerprint: [7; 32],
+        moe_layers: vec![1, 2],
+        experts: 12,
+        expert_bytes: 100,
+        top_k: 2,
+        blocks: 1,
+        ..ModelFacts::default()
+    }
 }
 
 fn hello(experts: u64) -> Hello {
@@ -21,8 +29,7 @@ fn hello(experts: u64) -> Hello {
         threads: 1,
         exact: true,
         kernels: "native scalar".into(),
-        weight_mb_s: [0; 5],
-        held_epoch: 0,
+        ..Hello::default()
     }
 }
 
@@ -48,7 +55,7 @@ fn places(actions: &[Action]) -> Vec<(NodeIndex, u64, usize)> {
 }
 
 fn routed(cluster: &Cluster, node: NodeIndex) -> usize {
-    cluster.routes().nodes.iter().flatten().filter(|owner| **owner == Some(node)).count()
+    cluster.routes().table.held_by(node).count()
 }
 
 fn state(cluster: &Cluster, node: NodeIndex) -> NodeState {
@@ -71,7 +78,7 @@ fn serving() -> Cluster {
 #[test]
 fn the_first_plan_waits_for_the_roster_and_experts_for_their_node() {
     let mut cluster = cluster(3);
-    assert_eq!(cluster.routes().nodes, [vec![], vec![None; 12], vec![None; 12]]);
+    assert_eq!(cluster.routes().table, Table::empty(&facts()));
     assert_eq!(cluster.handle(SECOND, Event::Joined(0, hello(100))), []);
     assert_eq!(cluster.handle(SECOND, Event::Joined(2, hello(100))), []);
     assert_eq!(state(&cluster, 0), NodeState::Waiting);
@@ -263,7 +270,70 @@ fn placements_name_experts_in_order() {
     let mut cluster = cluster(1);
     let actions = cluster.handle(SECOND, Event::Joined(0, hello(100)));
     let [Action::Place(0, placement), Action::RoutesChanged] = &actions[..] else { panic!("{actions:?}") };
-    let all = [1, 2].into_iter().flat_map(|layer| (0..12).map(move |expert| ExpertKey { layer, expert }));
+    let all = [1, 2].into_iter().flat_map(|layer| {
+        (0..12).map(move |expert| Slice { key: ExpertKey { layer, expert }, from: 0, to: 1 })
+    });
     assert_eq!(placement.experts, all.collect::<Vec<_>>());
     assert_eq!(placement.model, [7; 32]);
+}
+
+#[test]
+fn a_node_that_sends_nonsense_is_left_out_until_it_is_pardoned() {
+    let mut cluster = serving();
+    for _ in 1..MALFORMED_MAX {
+        assert_eq!(cluster.handle(SECOND, Event::Malformed(1)), []);
+    }
+    let actions = cluster.handle(SECOND, Event::Malformed(1));
+    assert!(matches!(&actions[..], [Action::Report(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
+    // Coming back changes nothing, and a plan leaves it out.
+    cluster.handle(SECOND, Event::Lost(1));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Placed(1, ack(1)));
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
+    let nodes: Vec<_> =
+        places(&cluster.handle(SECOND, Event::Plan)).into_iter().map(|(node, ..)| node).collect();
+    assert_eq!(nodes, [0, 2]);
+    for node in nodes {
+        cluster.handle(SECOND, Event::Placed(node, ack(2)));
+    }
+    cluster.handle(SECOND, Event::Pardon(1));
+    assert_ne!(state(&cluster, 1), NodeState::Quarantined);
+}
+
+#[test]
+fn a_node_that_leaves_gets_no_more_calls() {
+    let mut cluster = serving();
+    assert_eq!(cluster.handle(SECOND, Event::Leaving(1)), [Action::RoutesChanged]);
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Leaving, 0));
+    cluster.handle(SECOND, Event::Lost(1));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Placed(1, ack(1)));
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Serving, 8));
+}
+
+#[test]
+fn a_revoked_node_is_cut_and_stays_out() {
+    let mut cluster = serving();
+    let actions = cluster.handle(SECOND, Event::Revoked(1));
+    assert!(matches!(&actions[..], [Action::Disconnect(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Revoked, 0));
+    let actions = cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    assert!(matches!(&actions[..], [Action::Disconnect(1, _)]), "{actions:?}");
+}
+
+#[test]
+fn a_machine_that_is_admitted_later_takes_part() {
+    let mut cluster = serving();
+    assert_eq!(cluster.admit(Member { id: NodeId([9; 32]), name: "late".into() }), 3);
+    assert_eq!(state(&cluster, 3), NodeState::Absent);
+    let actions = cluster.handle(SECOND, Event::Joined(3, hello(100)));
+    assert_eq!(
+        places(&actions).iter().map(|(node, epoch, _)| (*node, *epoch)).collect::<Vec<_>>(),
+        [(0, 2), (1, 2), (2, 2), (3, 2)]
+    );
+    for node in 0..4 {
+        cluster.handle(SECOND, Event::Placed(node, ack(2)));
+    }
+    assert_eq!(routed(&cluster, 3), 6);
 }

@@ -12,6 +12,8 @@ fn facts(layers: u16, experts: u16) -> ModelFacts {
         experts,
         expert_bytes: 10,
         top_k: 2,
+        blocks: 1,
+        ..ModelFacts::default()
     }
 }
 
@@ -19,11 +21,21 @@ fn node(node: NodeIndex, memory_bytes: u64, weight_mb_s: u32) -> Capacity {
     Capacity { node, memory_bytes, weight_mb_s }
 }
 
+/// By layer with experts and expert, its holder.
+fn owners(plan: &Plan) -> Vec<Vec<Option<NodeIndex>>> {
+    (0..plan.table.layers())
+        .map(|layer| plan.owners(layer).collect())
+        .filter(|owners: &Vec<_>| !owners.is_empty())
+        .collect()
+}
+
 /// `[node][layer]`.
 fn counts(plan: &Plan, nodes: &[Capacity]) -> Vec<Vec<usize>> {
     let of = |node: NodeIndex| {
-        let routed = plan.owners.iter().filter(|owners| !owners.is_empty());
-        routed.map(|owners| owners.iter().filter(|owner| **owner == Some(node)).count()).collect()
+        owners(plan)
+            .iter()
+            .map(|owners| owners.iter().filter(|owner| **owner == Some(node)).count())
+            .collect()
     };
     nodes.iter().map(|capacity| of(capacity.node)).collect()
 }
@@ -37,7 +49,8 @@ fn any_nodes() -> impl Strategy<Value = Vec<Capacity>> {
 
 /// Experts that change hands, or come from the router.
 fn gained(before: &Plan, after: &Plan, node: NodeIndex) -> usize {
-    let pairs = before.owners.iter().flatten().zip(after.owners.iter().flatten());
+    let (before, after) = (owners(before), owners(after));
+    let pairs = before.iter().flatten().zip(after.iter().flatten());
     pairs.filter(|(before, after)| **after == Some(node) && before != after).count()
 }
 
@@ -68,7 +81,7 @@ proptest! {
             let (least, most) = (per_layer.iter().min().unwrap(), per_layer.iter().max().unwrap());
             prop_assert!(most - least <= 1, "{per_layer:?}");
         }
-        let on_router: Vec<_> = plan.owners.iter().filter(|owners| !owners.is_empty())
+        let on_router: Vec<_> = owners(&plan).iter()
             .map(|owners| owners.iter().filter(|owner| owner.is_none()).count()).collect();
         prop_assert!(on_router.iter().max().unwrap() - on_router.iter().min().unwrap() <= 1, "{on_router:?}");
     }
@@ -158,7 +171,7 @@ fn absurd_figures_neither_overflow_nor_panic() {
     assert_eq!(nodes.iter().map(|node| shared.load(node.node).experts).min(), Some(3 * 65_535 / 4));
     facts.moe_layers.clear();
     assert_eq!(plan(&facts, &nodes, None).unplaced(), 0);
-    assert_eq!(plan(&facts, &[], None).owners, Vec::<Vec<_>>::new());
+    assert_eq!(owners(&plan(&facts, &[], None)), Vec::<Vec<_>>::new());
 }
 
 #[test]

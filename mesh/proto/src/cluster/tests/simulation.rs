@@ -29,7 +29,7 @@ struct Peer {
     /// Placements it has not answered.
     orders: Vec<Placement>,
     /// The last two it loaded in this process, by epoch.
-    held: Vec<(u64, BTreeSet<ExpertKey>)>,
+    held: Vec<(u64, BTreeSet<Slice>)>,
     /// Epochs acknowledged on this connection.
     acknowledged: BTreeSet<u64>,
     memory: u64,
@@ -91,17 +91,16 @@ impl World {
         let routes = self.cluster.routes();
         assert!(routes.epoch >= self.epoch, "seed {seed}: epoch went back");
         self.epoch = routes.epoch;
-        for (layer, owners) in (0..).zip(&routes.nodes) {
-            for (expert, owner) in (0..).zip(owners) {
-                let Some(node) = *owner else { continue };
+        for (key, part) in routes.table.all() {
+            for node in part.holders.as_slice().iter().copied() {
                 let peer = &self.peers[usize::from(node)];
                 assert!(peer.connected, "seed {seed}: routed to {node}, which is away");
                 assert!(peer.acknowledged.contains(&routes.epoch), "seed {seed}: {node} did not acknowledge");
                 let held = peer.held.iter().find(|(epoch, _)| *epoch == routes.epoch);
-                let key = ExpertKey { layer, expert };
+                let slice = Slice { key, from: part.from, to: part.to };
                 assert!(
-                    held.is_some_and(|(_, keys)| keys.contains(&key)),
-                    "seed {seed}: {node} lacks {key:?}"
+                    held.is_some_and(|(_, keys)| keys.contains(&slice)),
+                    "seed {seed}: {node} lacks {slice:?}"
                 );
                 assert_ne!(self.cluster.status(node).unwrap().state, NodeState::Suspect, "seed {seed}");
             }
@@ -200,8 +199,8 @@ impl World {
         assert!(self.cluster.settled(), "seed {seed}");
         let routes = self.cluster.routes();
         let room: u64 = self.peers.iter().map(|peer| peer.memory).sum();
-        let all = routes.nodes.iter().flatten().count() as u64;
-        let routed = routes.nodes.iter().flatten().flatten().count() as u64;
+        let all = routes.table.all().count() as u64;
+        let routed = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
         assert_eq!(routed, all.min(room), "seed {seed}");
         assert_eq!(self.cluster.unplaced() as u64, all - routed, "seed {seed}");
         let quiet = self.cluster.handle(self.now, Event::Tick);
