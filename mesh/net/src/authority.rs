@@ -20,7 +20,7 @@ use mesh_wire::id::NodeId;
 use thiserror::Error;
 
 use crate::disk::{DiskError, Folder};
-use crate::identity::Identity;
+use crate::identity::{self, Identity};
 use crate::keys::{KeyError, SigningKey, random};
 use crate::members::{Members, Standing};
 use crate::roster::{Machine, REVOKED_MAX, Role, Roster, RosterError, SignedRoster, check_name};
@@ -122,8 +122,11 @@ impl Authority {
         if roster.is_none() && term > 0 {
             return Err(missing(ROSTER));
         }
-        if !is_new && SigningKey::load(&folder, CLUSTER_KEY, CLUSTER_KEY_TAG)?.is_none() {
-            return Err(missing(CLUSTER_KEY));
+        // A new key beside an old roster would make strangers of all machines.
+        for name in [CLUSTER_KEY, identity::FILE] {
+            if !is_new && folder.read(name)?.is_none() {
+                return Err(missing(name));
+            }
         }
         let identity = Identity::open(&folder)?;
         let cluster = SigningKey::load_or_create(&folder, CLUSTER_KEY, CLUSTER_KEY_TAG)?;

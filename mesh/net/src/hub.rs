@@ -45,7 +45,7 @@ use crate::pending::{CallError, PendingCall, Slot};
 use crate::roster::{Machine, Roster};
 use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
 pub use crate::tally::NodeCounters;
-use crate::tally::{Feed, Tally};
+use crate::tally::Feed;
 
 /// How often the cluster's logic is told that time passed.
 const TICK: Duration = Duration::from_millis(100);

@@ -61,10 +61,10 @@ const PROOF_TAG: &[u8; 16] = b"moemesh-proof-1\n";
 const ANSWER_TAG: &[u8; 17] = b"moemesh-answer-1\n";
 
 /// What the keying material is exported for.
-const EXPORTER_LABEL: &[u8] = b"EXPORTER moemesh join";
+pub(crate) const EXPORTER_LABEL: &[u8] = b"EXPORTER moemesh join";
 
 /// Bytes of a statement: tag, cluster, router, epoch, signature.
-const STATEMENT_BYTES: usize = STATEMENT_TAG.len() + 32 + 32 + 8 + SIGNATURE_BYTES;
+pub(crate) const STATEMENT_BYTES: usize = STATEMENT_TAG.len() + 32 + 32 + 8 + SIGNATURE_BYTES;
 
 /// Bytes of a request before the name: tag, role, token, proof.
 const REQUEST_HEAD_BYTES: usize = PROOF_TAG.len() + 1 + 32 + SIGNATURE_BYTES;
@@ -183,7 +183,7 @@ async fn exchange(connection: &Connection, authority: &Arc<Authority>) -> Result
 }
 
 /// What the router says first.
-fn statement(authority: &Authority) -> Vec<u8> {
+pub(crate) fn statement(authority: &Authority) -> Vec<u8> {
     let roster = authority.roster();
     let mut bytes = Vec::with_capacity(STATEMENT_BYTES);
     bytes.extend(STATEMENT_TAG);
@@ -201,7 +201,7 @@ fn export(connection: &Connection) -> Result<[u8; 32], String> {
 }
 
 /// What a machine signs with its token's key.
-fn proof_message(exported: &[u8; 32], key: NodeId, role: u8, name: &str) -> Vec<u8> {
+pub(crate) fn proof_message(exported: &[u8; 32], key: NodeId, role: u8, name: &str) -> Vec<u8> {
     [&PROOF_TAG[..], exported, &key.0, &[role], name.as_bytes()].concat()
 }
 

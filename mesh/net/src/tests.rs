@@ -2,7 +2,11 @@
 
 mod calls;
 mod files;
+mod guard;
 mod harness;
 mod helm;
 mod hostile;
+mod join;
+mod roster;
+mod state;
 mod trust;
