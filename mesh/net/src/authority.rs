@@ -21,14 +21,14 @@ use thiserror::Error;
 
 use crate::disk::{DiskError, Folder};
 use crate::identity::{self, Identity};
-use crate::keys::{KeyError, SigningKey, random};
+use crate::keys::{CLUSTER_FILE, KeyError, SigningKey, random};
+use crate::membership;
 use crate::members::{Members, Standing};
 use crate::roster::{Machine, REVOKED_MAX, Role, Roster, RosterError, SignedRoster, check_name};
 use crate::tickets::{Now, Refused, Ticket, Tickets, TicketsError};
 use crate::token::{ADDRESSES_MAX, Token, TokenError};
 
 /// The files, and the first word of the cluster's key.
-const CLUSTER_KEY: &str = "cluster.key";
 const CLUSTER_KEY_TAG: &str = "moemesh-cluster-ed25519-1";
 const ROSTER: &str = "roster";
 const TOKENS: &str = "tokens";
@@ -60,6 +60,9 @@ pub enum AuthorityError {
         /// What is wrong.
         source: RosterError,
     },
+    /// The folder is a node's.
+    #[error("{0} is the state of a node; give the router another --state")]
+    NodesFolder(String),
     /// A file is missing that must be there, as others are.
     #[error("{path} is missing; restore it, or delete the folder and let every machine join again")]
     Missing {
@@ -116,6 +119,9 @@ impl Authority {
     /// `AuthorityError`. A cluster that was only half made is made whole.
     pub fn open(path: &Path) -> Result<Authority, AuthorityError> {
         let folder = Folder::open(path)?;
+        if folder.read(membership::FILE)?.is_some() {
+            return Err(AuthorityError::NodesFolder(path.display().to_string()));
+        }
         let missing = |name| AuthorityError::Missing { path: folder.file(name).display().to_string() };
         let (roster, term) = (folder.read(ROSTER)?, read_term(&folder)?);
         let is_new = roster.is_none() && term == 0;
@@ -123,13 +129,13 @@ impl Authority {
             return Err(missing(ROSTER));
         }
         // A new key beside an old roster would make strangers of all machines.
-        for name in [CLUSTER_KEY, identity::FILE] {
+        for name in [CLUSTER_FILE, identity::FILE] {
             if !is_new && folder.read(name)?.is_none() {
                 return Err(missing(name));
             }
         }
         let identity = Identity::open(&folder)?;
-        let cluster = SigningKey::load_or_create(&folder, CLUSTER_KEY, CLUSTER_KEY_TAG)?;
+        let cluster = SigningKey::load_or_create(&folder, CLUSTER_FILE, CLUSTER_KEY_TAG)?;
         let roster = match roster {
             None => {
                 let first = first_roster(&cluster, &identity)?;
@@ -179,6 +185,11 @@ impl Authority {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the state is, if anywhere.
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_ref().map(Folder::path)
     }
 
     /// This machine's key.

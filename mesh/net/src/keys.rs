@@ -14,6 +14,9 @@ use thiserror::Error;
 
 use crate::disk::{DiskError, Folder};
 
+/// The file of a router's state folder that holds the cluster's key.
+pub const CLUSTER_FILE: &str = "cluster.key";
+
 /// Bytes of a signature.
 pub const SIGNATURE_BYTES: usize = 64;
 

@@ -16,12 +16,12 @@ use thiserror::Error;
 
 use crate::disk::{DiskError, Folder};
 use crate::identity::Identity;
-use crate::keys::KeyError;
+use crate::keys::{CLUSTER_FILE, KeyError};
 use crate::roster::{RosterError, SignedRoster, check_name};
 use crate::token::{ADDRESSES_MAX, Token, cluster_hash};
 
 /// The file, and its first line.
-const FILE: &str = "membership";
+pub(crate) const FILE: &str = "membership";
 const TAG: &str = "moemesh-membership-1";
 
 /// Bytes before the roster in what a router shows: term and incarnation.
@@ -36,6 +36,9 @@ pub enum MembershipError {
     /// This machine's key.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// The folder is a router's.
+    #[error("{0} is the state of a router; give the node another --state")]
+    RoutersFolder(String),
     /// The file has other content.
     #[error("{0} is not what moemesh wrote there; restore it, or delete it and join again with a new token")]
     Content(String),
@@ -134,6 +137,9 @@ impl Membership {
     /// `MembershipError`.
     pub fn open(path: &Path) -> Result<Opened, MembershipError> {
         let folder = Folder::open(path)?;
+        if folder.read(CLUSTER_FILE)?.is_some() {
+            return Err(MembershipError::RoutersFolder(path.display().to_string()));
+        }
         let identity = Identity::open(&folder)?;
         let Some(content) = folder.read(FILE)? else { return Ok(Opened::Stranger(folder, identity)) };
         let unusable = || MembershipError::Content(folder.file(FILE).display().to_string());
@@ -253,8 +259,9 @@ fn parse(text: &str) -> Option<(Admission, Seen)> {
     let cluster = NodeId::from_hex(field("cluster")?)?;
     let router = NodeId::from_hex(field("router")?)?;
     let name = field("name")?.to_owned();
+    let addresses = field("addresses")?.split(',').filter(|address| !address.is_empty());
     let addresses: Vec<SocketAddr> =
-        field("addresses")?.split(',').map(|address| address.parse().ok()).collect::<Option<_>>()?;
+        addresses.map(|address| address.parse().ok()).collect::<Option<_>>()?;
     let (term, incarnation) = (field("term")?.parse().ok()?, field("incarnation")?.parse().ok()?);
     let roster = match field("roster")? {
         "" => None,

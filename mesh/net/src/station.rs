@@ -145,6 +145,9 @@ pub enum StationError {
         "this machine was revoked (`moemesh nodes revoke`) and the cluster does not take its key any more; to bring it          back, delete its state folder and join with a new token from `moemesh token`"
     )]
     Revoked,
+    /// There is nowhere to dial.
+    #[error("no address of the router is known; say where it is with --router HOST:PORT")]
+    NoAddress,
     /// No endpoint.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
@@ -264,6 +267,9 @@ impl Station {
         service: Arc<dyn NodeService>,
         stop: &Stop,
     ) -> Result<(), StationError> {
+        if config.routers.is_empty() && config.membership.admission().addresses.is_empty() {
+            return Err(StationError::NoAddress);
+        }
         let (node, stop) = (Arc::new(Node { config, service, placing: Arc::default() }), stop.clone());
         // A placement that is still loading does not keep the process.
         helm.keep(async move { node.stay_connected(&stop).await })

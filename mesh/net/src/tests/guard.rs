@@ -184,6 +184,9 @@ fn a_node_whose_key_the_router_does_not_know_keeps_asking() {
     assert!(hub.wait_until(LONG, |_| hub.counters().handshakes_failed >= 2));
     assert!(station.goes_on());
     drop(member);
+    // And one that knows no address says so.
+    let mut lost = Running::start(&keys, 0, vec![]);
+    assert!(matches!(lost.join().unwrap_err(), StationError::NoAddress));
 }
 
 #[test]

@@ -8,7 +8,6 @@ use mesh_wire::id::NodeId;
 
 use crate::authority::{Authority, AuthorityError, TTL_MAX};
 use crate::disk::Folder;
-use crate::identity::Identity;
 use crate::keys::SigningKey;
 use crate::members::Standing;
 use crate::membership::{Admission, Distrust, Membership, MembershipError, Opened, shown};
@@ -392,5 +391,10 @@ fn a_membership_file_with_other_content_is_refused() {
     }
     Folder::open(folder.path()).unwrap().write("membership", good.as_bytes()).unwrap();
     assert_eq!(reopen(folder.path()).admission(), &signer.admission());
-    drop(Identity::generate().unwrap());
+    // And a router's folder is no node's, nor the other way round.
+    assert!(matches!(Authority::open(folder.path()).unwrap_err(), AuthorityError::NodesFolder(_)));
+    let router = tempfile::tempdir().unwrap();
+    drop(Authority::open(router.path()).unwrap());
+    let error = Membership::open(router.path()).unwrap_err();
+    assert!(error.to_string().contains("another --state"), "{error}");
 }
