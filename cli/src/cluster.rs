@@ -1,10 +1,13 @@
-//! A private cluster on this machine: keys and roster in a temporary directory, a router and node processes.
+//! A private cluster on this machine: its state in a temporary directory, a router and node processes.
+//!
+//! All processes are ours, so the nodes are admitted without tokens, before the router starts: then they have the
+//! order of their names, and all of them are waited for.
 
 use std::path::Path;
 
-use anyhow::Context;
-use mesh_net::identity::Identity;
-use mesh_net::roster::{Machine, Roster};
+use anyhow::{Context, bail};
+use mesh_net::authority::Authority;
+use mesh_net::membership::{Admission, Membership, Opened};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -42,7 +45,7 @@ impl Cluster {
     pub(crate) fn start(model: &ModelOptions, options: &ClusterOptions) -> anyhow::Result<Cluster> {
         let directory =
             tempfile::Builder::new().prefix("moemesh-").tempdir().context("make a temporary directory")?;
-        write_keys(directory.path(), options.nodes)?;
+        admit(directory.path(), options.nodes)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let processes = usize::from(options.nodes) + 1;
         let threads = options.cores_per_process.unwrap_or_else(|| (cores / processes).max(1));
@@ -58,8 +61,9 @@ impl Cluster {
         let mut router: Vec<String> =
             ["router", "--http", "127.0.0.1:0", "--announce"].map(String::from).to_vec();
         if options.nodes > 0 {
-            router.extend(["--roster".into(), file("roster.toml"), "--key".into(), file("router.key")]);
-            router.extend(["--listen".into(), "127.0.0.1:0".into()]);
+            router.extend(["--state".into(), file("router"), "--listen".into(), "127.0.0.1:0".into()]);
+        } else {
+            router.push("--alone".into());
         }
         router.extend(pace(0));
         router.extend(arguments.iter().chain(&options.router_arguments).cloned());
@@ -71,8 +75,8 @@ impl Cluster {
         let mut nodes = Vec::new();
         for index in 0..usize::from(options.nodes) {
             let name = node_name(index);
-            let mut node = vec!["node".into(), "--roster".into(), file("roster.toml"), "--key".into()];
-            node.extend([file(&format!("{name}.key")), "--router".into(), mesh.clone()]);
+            let mut node = vec!["node".into(), "--state".into(), file(&name)];
+            node.extend(["--router".into(), mesh.clone()]);
             node.extend(pace(index + 1));
             node.extend(arguments.iter().chain(&options.node_arguments).cloned());
             nodes.push(Process::start(&name, &node, pin(index + 1).as_deref())?);
@@ -103,17 +107,21 @@ pub(crate) fn node_name(index: usize) -> String {
     format!("node-{}", index + 1)
 }
 
-/// Writes `router.key`, one key per node, and `roster.toml`.
-pub(crate) fn write_keys(directory: &Path, nodes: u16) -> anyhow::Result<()> {
-    let router = Identity::create(&directory.join("router.key"))?;
-    let mut members = Vec::new();
-    for index in 0..usize::from(nodes) {
-        let name = node_name(index);
-        let identity = Identity::create(&directory.join(format!("{name}.key")))?;
-        members.push(Machine { name, key: identity.id() });
+/// Makes a cluster in `router`, and its nodes in `node-1`, `node-2`, ...
+fn admit(directory: &Path, nodes: u16) -> anyhow::Result<()> {
+    if nodes == 0 {
+        return Ok(());
     }
-    let router = Machine { name: "router".to_owned(), key: router.id() };
-    Roster { cluster: "local".to_owned(), router, nodes: members }.save(&directory.join("roster.toml"))?;
+    let authority = Authority::open(&directory.join("router"))?;
+    for name in (0..usize::from(nodes)).map(node_name) {
+        let Opened::Stranger(folder, identity) = Membership::open(&directory.join(&name))? else {
+            bail!("the temporary directory is not empty");
+        };
+        let name = authority.admit(&name, identity.id())?.name;
+        // Where the router listens is known when it does.
+        let (cluster, router) = (authority.cluster(), authority.identity().id());
+        Membership::enter(folder, identity, Admission { cluster, router, name, addresses: Vec::new() })?;
+    }
     Ok(())
 }
 

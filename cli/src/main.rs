@@ -19,6 +19,8 @@ mod memory;
 
 mod signals;
 
+mod state;
+
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -40,13 +42,15 @@ struct Cli {
 enum Command {
     /// Start a private cluster on this machine and let it tell a story
     Demo(commands::demo::Options),
-    /// Serve a model over the OpenAI-compatible API, its experts on the nodes of a roster
+    /// Serve a model over the OpenAI-compatible API, its experts on the nodes of a cluster
     Router(commands::router::Options),
     /// Hold and run experts for a router
     Node(commands::node::Options),
     /// Chat with a running router, or complete one prompt
     Run(commands::run::Options),
-    /// Show the nodes of a running router
+    /// Print a one-time token with which a machine joins the cluster of the router on this machine
+    Token(commands::token::Options),
+    /// Show the nodes of a running router, or shut one out
     Nodes(commands::nodes::Options),
     /// Run a prompt in one process, without a mesh: the yardstick of every cluster
     Reference(commands::reference::Options),
@@ -56,8 +60,6 @@ enum Command {
     /// Measure kernels, links and whole clusters
     #[command(subcommand)]
     Bench(commands::bench::Command),
-    /// Make keys and a roster for a static cluster
-    Roster(commands::roster::Options),
     /// Make a model of a real shape with random weights
     Synth(commands::synth::Options),
     /// Print versions and what this machine can do
@@ -72,11 +74,11 @@ fn main() -> ExitCode {
         Command::Router(options) => commands::router::run(options),
         Command::Node(options) => commands::node::run(options),
         Command::Run(options) => commands::run::run(&options),
+        Command::Token(options) => commands::token::run(&options),
         Command::Nodes(options) => commands::nodes::run(&options),
         Command::Reference(options) => commands::reference::run(&options),
         Command::Eval(command) => commands::eval::run(&command),
         Command::Bench(command) => commands::bench::run(&command),
-        Command::Roster(options) => commands::roster::run(&options),
         Command::Synth(options) => commands::synth::run(&options),
         Command::Version(options) => commands::version::run(&options),
     };

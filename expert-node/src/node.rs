@@ -12,8 +12,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mesh_net::helm::Helm;
-use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
+use mesh_net::keys::{KeyError, random};
+use mesh_net::membership::Membership;
 use mesh_net::station::{Station, StationConfig, StationError, Stop};
 use mesh_wire::buffer::Pool;
 use mesh_wire::control::{Hello, Refusal};
@@ -28,13 +28,9 @@ use crate::worker::{Counters, Worker};
 /// What a node needs to run.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
-    /// Name the operator gave it.
-    pub name: String,
-    /// This machine's key; one of the roster's nodes.
-    pub identity: Identity,
-    /// Who belongs to the cluster.
-    pub roster: Roster,
-    /// Where the router may be, tried in order.
+    /// This machine's key and name, and whom it trusts.
+    pub membership: Arc<Membership>,
+    /// Where the router may be, tried in order; none: where it was when the machine joined.
     pub routers: Vec<SocketAddr>,
     /// Where experts come from: an `Arc<Model>`.
     pub model: Arc<dyn Source>,
@@ -59,6 +55,9 @@ pub enum NodeError {
     /// The network part did not start, or ended.
     #[error(transparent)]
     Station(#[from] StationError),
+    /// The system gives no random numbers.
+    #[error(transparent)]
+    Chance(#[from] KeyError),
     /// A thread could not be started.
     #[error("starting a thread: {0}")]
     Thread(#[from] std::io::Error),
@@ -121,9 +120,9 @@ impl ExpertNode {
     /// the node runs; `join` tells if that cannot work at all.
     ///
     /// # Errors
-    /// `Measure`, `Thread`.
+    /// `Measure`, `Thread`, `Chance`.
     pub fn start(config: NodeConfig) -> Result<ExpertNode, NodeError> {
-        let hello = hello(&config, weight_mb_s(&*config.model, &*config.kernels)?);
+        let hello = hello(&config, weight_mb_s(&*config.model, &*config.kernels)?)?;
         let shard = Arc::new(Shard::new(config.model, config.kernels, config.memory_bytes));
         let queue = Arc::new(Queue::default());
         let pool = Pool::new(config.pool_bytes_max);
@@ -140,8 +139,8 @@ impl ExpertNode {
             let _ended = ended;
             worker.run();
         })?;
-        let NodeConfig { identity, roster, routers, .. } = config;
-        let station = StationConfig { identity, roster, routers, pool };
+        let NodeConfig { membership, routers, .. } = config;
+        let station = StationConfig { membership, routers, pool };
         let ended = CloseOnDrop { queue: Arc::clone(&queue), shard: Arc::clone(&shard) };
         let (calls, stopped) = (Arc::clone(&service), stop.clone());
         let network = spawn("network", move || {
@@ -243,9 +242,9 @@ fn spawn<T: Send + 'static>(
     std::thread::Builder::new().name(name.to_owned()).spawn(run)
 }
 
-fn hello(config: &NodeConfig, weight_mb_s: [u32; 5]) -> Hello {
-    Hello {
-        name: config.name.clone(),
+fn hello(config: &NodeConfig, weight_mb_s: [u32; 5]) -> Result<Hello, KeyError> {
+    Ok(Hello {
+        name: config.membership.admission().name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model: config.model.fingerprint(),
         memory_bytes: config.memory_bytes,
@@ -254,8 +253,8 @@ fn hello(config: &NodeConfig, weight_mb_s: [u32; 5]) -> Hello {
         kernels: format!("{} {}", config.kernels.name(), config.kernels.isa()),
         weight_mb_s,
         held_epoch: 0,
-        instance: 0,
-    }
+        instance: u64::from_le_bytes(random()?),
+    })
 }
 
 #[cfg(test)]

@@ -213,7 +213,10 @@ impl Dispatch {
         }
         self.served = routes.table.all().any(|(_, part)| !part.holders.is_empty());
         self.routes = routes;
-        let tables: Vec<_> = hub.nodes().into_iter().map(|node| node.cluster.hello).collect();
+        let nodes = hub.nodes();
+        // Machines join while the router runs.
+        self.names = nodes.iter().map(|node| node.name.clone()).collect();
+        let tables: Vec<_> = nodes.into_iter().map(|node| node.cluster.hello).collect();
         for (index, hello) in tables.into_iter().enumerate() {
             let place = hello.map(|hello| self.place(&hello.weight_mb_s));
             match (self.places.get_mut(index + 1), place) {

@@ -4,6 +4,10 @@
 
 pub mod serve;
 
+pub mod admin;
+
+mod reachable;
+
 pub mod http;
 
 pub mod prompt;

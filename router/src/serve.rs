@@ -8,9 +8,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
-use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use model::decoder::LoadError;
@@ -22,6 +21,7 @@ use model::open::Model;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::admin::{Admin, AdminError};
 use crate::dispatch::PlacesView;
 use crate::engine::{Engine, EngineConfig, EngineStatus, StatusView};
 use crate::forward::{Experts, Forward};
@@ -69,13 +69,13 @@ pub struct RouterConfig {
 /// The router's side of the mesh.
 #[derive(Clone, Debug)]
 pub struct MeshConfig {
-    /// This machine's key.
-    pub identity: Identity,
-    /// The cluster.
-    pub roster: Roster,
+    /// The cluster: its keys, and who belongs to it.
+    pub authority: Arc<Authority>,
+    /// Nodes to wait for before the first plan; `None`: all of the roster.
+    pub expect: Option<usize>,
     /// UDP address that nodes dial.
     pub listen: SocketAddr,
-    /// Longest wait for the nodes of the roster before the first plan is made without the missing ones.
+    /// Longest wait for those nodes before the first plan is made without the missing ones.
     pub wait: Duration,
     /// Watch for replies this long before sleeping.
     pub spin: Duration,
@@ -87,6 +87,9 @@ pub enum RouterError {
     /// The mesh.
     #[error(transparent)]
     Hub(#[from] HubError),
+    /// The operator's socket.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
     /// The weights.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -177,6 +180,7 @@ pub async fn run(
     let (address, listener) = bound.map_err(|source| RouterError::Bind { address: config.http, source })?;
     let hub = start_hub(&config)?;
     let mesh = hub.as_ref().map(|hub| hub.local_addr());
+    let _admin = serve_operator(&config, hub.as_ref())?;
     reached(Milestone::Listening { mesh, http: address });
 
     tokio::pin!(stop);
@@ -256,7 +260,7 @@ fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
     let Some(mesh) = &config.mesh else { return Ok(None) };
     let facts = model_facts(&config.model);
     let policy = Policy {
-        plan_at_nodes: mesh.roster.nodes.len(),
+        plan_at_nodes: mesh.expect.unwrap_or(usize::MAX),
         plan_after: mesh.wait,
         require_exact: config.require_exact,
     };
@@ -264,9 +268,26 @@ fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
         listen: mesh.listen,
         policy,
         spin: mesh.spin,
-        ..HubConfig::new(mesh.identity.clone(), mesh.roster.clone(), facts)
+        ..HubConfig::new(Arc::clone(&mesh.authority), facts)
     };
     Ok(Some(Arc::new(Hub::start(hub)?)))
+}
+
+/// Ends a task when it is dropped.
+struct EndOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Answers the operator, where there is a folder to do so in.
+fn serve_operator(config: &RouterConfig, hub: Option<&Arc<Hub>>) -> Result<Option<EndOnDrop>, AdminError> {
+    let folder = config.mesh.as_ref().and_then(|mesh| mesh.authority.folder());
+    let (Some(folder), Some(hub)) = (folder, hub) else { return Ok(None) };
+    let admin = Admin::bind(folder)?;
+    Ok(Some(EndOnDrop(tokio::spawn(admin.serve(Arc::clone(hub))))))
 }
 
 /// What the mesh has to know of a model.
@@ -338,14 +359,15 @@ fn load(
 async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
     let (Some(mesh), Some(hub)) = (&config.mesh, hub) else { return 0 };
     // Loading takes as long as it takes; what is bounded is the wait for nodes that do not come.
-    let (wanted, wait) = (mesh.roster.nodes.len(), mesh.wait);
+    let known = mesh.authority.roster().roster().nodes.len();
+    let (wanted, wait) = (mesh.expect.unwrap_or(known), mesh.wait);
     let waiting = tokio::task::spawn_blocking(move || {
         let started = Instant::now();
         let came = hub.wait_until(wait, |cluster| {
             cluster.statuses().iter().filter(|status| status.state != NodeState::Absent).count() >= wanted
         });
         if !came {
-            tracing::warn!("not all {wanted} nodes of the roster came within {} s; going on", wait.as_secs());
+            tracing::warn!("not all of {wanted} nodes came within {} s; going on", wait.as_secs());
             hub.plan_now();
         }
         hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| {
@@ -382,8 +404,14 @@ impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
         let places = self.places.read();
         let nodes = self.hub.iter().flat_map(|hub| hub.nodes());
-        let nodes: Vec<Value> =
-            (1..).zip(nodes).map(|(place, node)| node_json(&node, places.get(place))).collect();
+        let nodes: Vec<_> = (1..).zip(nodes).collect();
+        // A revoked machine's row gives way to the one that has its name now.
+        let is_shadow = |row: &NodeStatus| {
+            let same = |other: &NodeStatus| other.name == row.name && other.id != row.id;
+            row.cluster.state == NodeState::Revoked && nodes.iter().any(|(_, other)| same(other))
+        };
+        let shown = nodes.iter().filter(|(_, node)| !is_shadow(node));
+        let nodes: Vec<Value> = shown.map(|(place, node)| node_json(node, places.get(*place))).collect();
         json!({"nodes": nodes, "router": router_json(&self.status.read(), places.first())})
     }
 
@@ -393,7 +421,9 @@ impl http::Cluster for ClusterView {
 
     fn refresh(&self, metrics: &Metrics) {
         for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
-            metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+            if node.cluster.state != NodeState::Revoked {
+                metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+            }
         }
     }
 }

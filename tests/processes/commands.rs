@@ -1,13 +1,12 @@
 //! The commands: what `--json` says, that cluster and single process agree, and what bad input is told.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::harness::{fixture, folder, moemesh, moemesh_with, tale_moe, turn};
+use super::harness::{Cluster, Shape, fixture, folder, moemesh, moemesh_with, tale_moe, turn};
 
 fn positive(value: &Value, key: &str) {
     assert!(value[key].as_f64().is_some_and(|number| number > 0.0), "{key} of {value}");
@@ -202,16 +201,19 @@ fn models_that_do_not_exist_are_refused_with_a_remedy() {
 fn an_instruction_set_that_is_unknown_or_lacking_is_refused_by_every_process() {
     let folder = folder();
     let file = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
-    assert_eq!(moemesh(&["roster", "--out", &file(""), "--nodes", "1"]).code, Some(0));
-    let (roster, router, node) = (file("roster.toml"), file("router.key"), file("node-1.key"));
+    let cluster = Cluster::start(&Shape::nodes(0));
+    let (router, node) = (file("router"), file("node"));
+    // It joins before it finds that it cannot compute.
+    let join = ["node", "--state", &node, "--join", &cluster.token(), "--stop-with-parent"];
+    moemesh_with(&join, &[("MOEMESH_ISA", "bogus")]).refused(&["'bogus'"]);
     let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--wait", "1", "--stop-with-parent"];
     let commands = [
         &["reference", "--max-tokens", "2"][..],
         &["demo", "--nodes", "1"],
         &["bench", "kernel", "--rows", "1", "--no-libtorch"],
         &["bench", "decode"],
-        &["node", "--roster", &roster, "--key", &node, "--router", "127.0.0.1:1", "--stop-with-parent"],
-        &[&["router", "--roster", &roster, "--key", &router], &ports[..]].concat(),
+        &["node", "--state", &node, "--stop-with-parent"],
+        &[&["router", "--state", &router], &ports[..]].concat(),
     ];
     // No machine has the instructions of both families.
     let lacking = if cfg!(target_arch = "x86_64") { "neon" } else { "avx512" };
@@ -221,34 +223,4 @@ fn an_instruction_set_that_is_unknown_or_lacking_is_refused_by_every_process() {
         refused(lacking).refused(&["this machine has no", lacking, "MOEMESH_ISA", "scalar"]);
     }
     moemesh(&["bench", "kernel", "--isa", lacking]).refused(&["this machine has no", lacking, "scalar"]);
-}
-
-#[test]
-fn keys_and_rosters_that_do_not_fit_are_refused() {
-    let folder = folder();
-    let file = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
-    for cluster in ["ours", "theirs"] {
-        assert_eq!(moemesh(&["roster", "--out", &file(cluster), "--nodes", "1"]).code, Some(0));
-    }
-    let router = |roster: &str, key: &str| {
-        let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--wait", "1", "--stop-with-parent"];
-        moemesh(&[&["router", "--roster", roster, "--key", key], &ports[..]].concat())
-    };
-    let node = |roster: &str, key: &str| {
-        moemesh(&["node", "--roster", roster, "--key", key, "--router", "127.0.0.1:1", "--stop-with-parent"])
-    };
-    let (ours, key) = (file("ours/roster.toml"), file("ours/router.key"));
-    router(&file("theirs/roster.toml"), &key).refused(&["this machine's key", "the roster's router"]);
-    node(&file("theirs/roster.toml"), &file("ours/node-1.key"))
-        .refused(&["not a node of the roster", "[[nodes]]"]);
-    router(&file("none.toml"), &key).refused(&[&file("none.toml")]);
-    router(&ours, &file("none.key")).refused(&[&file("none.key")]);
-    fs::write(file("broken.toml"), "cluster = 5").expect("write");
-    router(&file("broken.toml"), &key).refused(&["broken.toml"]);
-    fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("open the key to all");
-    router(&ours, &key).refused(&[&key, "644", "chmod 600"]);
-
-    // A roster is not written over: the keys in it may be in use.
-    let again = moemesh(&["roster", "--out", &file("ours"), "--nodes", "1"]);
-    again.refused(&["router.key"]);
 }

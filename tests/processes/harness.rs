@@ -1,12 +1,12 @@
 //! Private clusters of real processes, and the HTTP client that asks them.
 //!
-//! A cluster is a router and nodes with keys and roster made by `moemesh roster`. Processes are started with their
+//! A cluster is a router and nodes that join it with tokens, as users do it. Processes are started with their
 //! standard input held open (`--stop-with-parent`), so they end with this one even if it is killed; dropping a
 //! cluster kills them at once. Their messages go to files that a failing start shows. One cluster computes at a
 //! time unless it is the shared one: the machine may have two cores.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -109,6 +109,18 @@ impl Ended {
 /// Runs a command to its end.
 pub(crate) fn moemesh(arguments: &[&str]) -> Ended {
     moemesh_with(arguments, &[])
+}
+
+/// Runs a command to its end, with this on its standard input.
+pub(crate) fn moemesh_reading(arguments: &[&str], input: &str) -> Ended {
+    let mut command = program();
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("run moemesh");
+    let mut stdin = child.stdin.take().expect("standard input is a pipe");
+    // It may end without having read it.
+    stdin.write_all(input.as_bytes()).ok();
+    drop(stdin);
+    Ended::of(child.wait_with_output().expect("run moemesh"))
 }
 
 /// The same with more in its environment.
@@ -237,44 +249,89 @@ impl Cluster {
 
     fn start_with(shape: &Shape<'_>, serving: usize) -> Cluster {
         let directory = folder();
-        let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
-        let count = shape.nodes.to_string();
-        let made = moemesh(&["roster", "--out", &file(""), "--nodes", &count]);
-        assert_eq!(made.code, Some(0), "{made:#?}");
-
         let model = tale_moe().to_string_lossy().into_owned();
-        let common = |command: &str, key: &str, more: &[&str]| -> Vec<String> {
-            let fixed = [command, "--roster", &file("roster.toml"), "--key", &file(key), "--model", &model];
+        let common = |command: &str, state: &str, more: &[&str]| -> Vec<String> {
+            let state = directory.path().join(state).to_string_lossy().into_owned();
+            let fixed = [command, "--state", &state, "--model", &model, "--announce"];
             fixed.iter().chain(shape.all).chain(more).map(|text| (*text).to_owned()).collect()
         };
-        let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--announce"];
+        let count = shape.nodes.to_string();
+        let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--expect", &count];
         let more: Vec<&str> = ports.iter().chain(shape.router).copied().collect();
-        let mut router =
-            Process::start(&common("router", "router.key", &more), directory.path().join("router.log"));
+        let log = directory.path().join("router.log");
+        let mut router = Process::start(&common("router", "router", &more), log);
         let listening = router.announced("mesh");
-        let mesh = listening["mesh"].as_str().expect("the mesh has an address");
         let http = listening["http"].as_str().expect("the API has an address");
-        let node_arguments: Vec<Vec<String>> = (1..=shape.nodes)
-            .map(|index| {
-                let more: Vec<&str> = ["--router", mesh].iter().chain(shape.node).copied().collect();
-                common("node", &format!("node-{index}.key"), &more)
-            })
-            .collect();
+        let node_arguments: Vec<Vec<String>> =
+            (1..=shape.nodes).map(|index| common("node", &format!("node-{index}"), shape.node)).collect();
         let api = Api::new(&format!("http://{http}"));
         let mut cluster = Cluster { api, nodes: Vec::new(), node_arguments, router, directory };
         for index in 0..shape.nodes {
             cluster.nodes.push(None);
-            cluster.start_node(index);
+            cluster.join_node(index);
         }
         let ready = cluster.router.announced("ready");
         assert_eq!(ready["ready"], json!(serving), "{}", cluster.logs());
         cluster
     }
 
-    /// Starts a node with the key it always had.
+    /// Starts a node for the first time; returns when it is in the roster, so that nodes have the order of names.
+    fn join_node(&mut self, index: usize) {
+        let token = self.token();
+        self.join_again(index, &token);
+    }
+
+    /// The same with a given token.
+    pub(crate) fn join_again(&mut self, index: usize, token: &str) {
+        let name = format!("node-{}", index + 1);
+        let join = ["--join".to_owned(), token.to_owned(), "--name".to_owned(), name.clone()];
+        let arguments: Vec<String> = self.node_arguments[index].iter().chain(&join).cloned().collect();
+        let mut node = Process::start(&arguments, self.log(index));
+        assert_eq!(node.announced("joined")["joined"], json!(name));
+        self.nodes[index] = Some(node);
+    }
+
+    /// Starts a node that has joined before.
     pub(crate) fn start_node(&mut self, index: usize) {
-        let log = self.directory.path().join(format!("node-{}.log", index + 1));
-        self.nodes[index] = Some(Process::start(&self.node_arguments[index], log));
+        self.nodes[index] = Some(Process::start(&self.node_arguments[index], self.log(index)));
+    }
+
+    fn log(&self, index: usize) -> PathBuf {
+        self.directory.path().join(format!("node-{}.log", index + 1))
+    }
+
+    /// State folder of `router`, `node-1`, `node-2`, ...
+    pub(crate) fn state(&self, name: &str) -> String {
+        self.directory.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// A node with the state of this name, which nobody stops before it is dropped.
+    pub(crate) fn start_another(&self, name: &str) -> impl Drop + use<> {
+        let mut arguments = self.node_arguments[0].clone();
+        let state =
+            arguments.iter_mut().find(|text| text.ends_with("/node-1")).expect("the first node's state");
+        *state = self.state(name);
+        Process::start(&arguments, self.directory.path().join(format!("{name}.log")))
+    }
+
+    /// Where nodes dial.
+    pub(crate) fn mesh(&self) -> String {
+        let made = moemesh(&["token", "--state", &self.state("router"), "--json"]).json();
+        made["addresses"][0].as_str().expect("an address").to_owned()
+    }
+
+    /// A join token.
+    #[track_caller]
+    pub(crate) fn token(&self) -> String {
+        let made = moemesh(&["token", "--state", &self.state("router")]);
+        assert_eq!(made.code, Some(0), "{made:#?}");
+        made.stdout.trim().to_owned()
+    }
+
+    /// Waits until a node has ended by itself; its exit code.
+    pub(crate) fn ended(&mut self, index: usize) -> Option<i32> {
+        let mut node = self.nodes[index].take().expect("the node runs");
+        node.child.wait().expect("the node ends").code()
     }
 
     /// `kill -9`.

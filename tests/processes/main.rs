@@ -13,3 +13,4 @@ mod failover;
 mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;
+mod trust;

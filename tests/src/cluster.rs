@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use expert_node::node::{ExpertNode, NodeConfig, NodeSnapshot};
+use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig};
 use mesh_net::identity::Identity;
-use mesh_net::roster::{Machine, Roster};
+use mesh_net::membership::{Admission, Membership};
 use mesh_net::station::StationConfig;
 use mesh_proto::cluster::Policy;
 use model::format::Format;
@@ -80,21 +81,22 @@ impl Cluster {
 
     /// As `start`, with other kernels in the nodes, which may be inexact.
     pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
-        let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
-        let router = Identity::generate().expect("a key");
-        let identities: Vec<Identity> =
-            (0..shape.nodes).map(|_| Identity::generate().expect("a key")).collect();
-        let nodes = identities.iter().enumerate().map(|(i, id)| machine(format!("node-{i}"), id)).collect();
-        let roster =
-            Roster { cluster: "test".to_owned(), router: machine("router".to_owned(), &router), nodes };
+        let authority = Arc::new(Authority::in_memory().expect("keys"));
+        let join = |index: usize| {
+            let identity = Identity::generate().expect("a key");
+            let machine = authority.admit(&format!("node-{index}"), identity.id()).expect("a free name");
+            let (cluster, router) = (authority.cluster(), authority.identity().id());
+            let admission = Admission { cluster, router, name: machine.name, addresses: Vec::new() };
+            Arc::new(Membership::in_memory(identity, admission))
+        };
+        let memberships: Vec<_> = (0..shape.nodes).map(join).collect();
         let require_exact = kernels().exact();
         let policy = Policy { plan_at_nodes: shape.nodes, require_exact, ..Policy::default() };
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let config =
-            HubConfig { listen, policy, ..HubConfig::new(router, roster.clone(), model_facts(model)) };
+        let config = HubConfig { listen, policy, ..HubConfig::new(authority, model_facts(model)) };
         let hub = Arc::new(Hub::start(config).expect("the hub starts"));
-        let start = |identity: Identity| start_node(model, &roster, identity, (hub.local_addr(), kernels()));
-        let nodes: Vec<_> = identities.into_iter().map(|identity| Some(start(identity))).collect();
+        let start = |membership| start_node(model, membership, hub.local_addr(), kernels());
+        let nodes: Vec<_> = memberships.into_iter().map(|membership| Some(start(membership))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
         let (engine, status) = start_engine(model, shape, Some(Arc::clone(&hub)));
         Cluster { engine, status, hub, nodes }
@@ -170,14 +172,12 @@ pub fn finish(mut stream: Receiver<Event>) -> (Outcome, Timing) {
 
 fn start_node(
     model: &Arc<Model>,
-    roster: &Roster,
-    identity: Identity,
-    (router, kernels): (SocketAddr, Arc<dyn Kernels>),
+    membership: Arc<Membership>,
+    router: SocketAddr,
+    kernels: Arc<dyn Kernels>,
 ) -> ExpertNode {
     ExpertNode::start(NodeConfig {
-        name: "test".to_owned(),
-        identity,
-        roster: roster.clone(),
+        membership,
         routers: vec![router],
         model: Arc::<Model>::clone(model),
         kernels,

@@ -1,21 +1,24 @@
 //! `moemesh node`: an expert node process.
 
+use std::io::Read;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use expert_node::node::{ExpertNode, NodeConfig};
-use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
+use mesh_net::join;
+use mesh_net::membership::{Membership, Opened};
+use mesh_net::roster::check_name;
 use mesh_net::station::{StationConfig, Stop};
+use mesh_net::token::{TEXT_BYTES_MAX, Token};
 use model::kernel::paced::paced;
 
 use crate::model_options::{ModelOptions, parse_pace};
-use crate::{memory, signals};
+use crate::{memory, output, signals, state};
 
 /// Share of the machine's memory a node takes for experts unless told otherwise.
 const MEMORY_SHARE: f64 = 0.75;
@@ -31,14 +34,19 @@ const MEMORY_UNKNOWN: u64 = 4 << 30;
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelOptions,
-    /// Roster of the cluster
+    /// Join the cluster with a token of `moemesh token` first: the token, @FILE, or - for standard input (arguments
+    /// can be seen by other users of this machine). Needed once; later starts need nothing
+    #[arg(long, value_name = "TOKEN|@FILE|-")]
+    join: Option<String>,
+    /// What this machine wants to be called in the cluster [default: its host name]
+    #[arg(long, requires = "join")]
+    name: Option<String>,
+    /// Folder for this machine's key and membership [default: $XDG_DATA_HOME/moemesh/node or
+    /// ~/.local/share/moemesh/node]
+    #[arg(long, env = "MOEMESH_STATE")]
+    state: Option<PathBuf>,
+    /// Address of the router, host:port (may be repeated; tried in order) [default: those of the token]
     #[arg(long)]
-    roster: PathBuf,
-    /// This machine's key file
-    #[arg(long)]
-    key: PathBuf,
-    /// Address of the router, host:port (may be repeated; tried in order)
-    #[arg(long, required = true)]
     router: Vec<String>,
     /// Memory for experts, in MiB [default: three quarters of what the machine has]
     #[arg(long)]
@@ -49,16 +57,20 @@ pub(crate) struct Options {
     /// Microseconds to watch for the router's next call before sleeping; only where a core is to spare
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     spin_us: u64,
+    /// Print the name given by the cluster as a JSON line (for programs)
+    #[arg(long)]
+    announce: bool,
     /// Stop when standard input ends (for parents)
     #[arg(long, hide = true)]
     stop_with_parent: bool,
 }
 
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let (identity, roster) = (Identity::load(&options.key)?, Roster::load(&options.roster)?);
-    let index = roster.node_index(identity.id());
-    let name = index.and_then(|index| roster.nodes.get(usize::from(index)));
-    let name = name.map_or_else(|| "node".to_owned(), |machine| machine.name.clone());
+    let membership = Arc::new(member(&options)?);
+    let name = membership.admission().name.clone();
+    if options.announce {
+        output::json(&serde_json::json!({"joined": name}))?;
+    }
     let mut routers: Vec<SocketAddr> = Vec::new();
     for router in &options.router {
         let found =
@@ -73,9 +85,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         None => (memory::total().unwrap_or(MEMORY_UNKNOWN) as f64 * MEMORY_SHARE) as u64,
     };
     let node = ExpertNode::start(NodeConfig {
-        name: name.clone(),
-        identity,
-        roster,
+        membership,
         routers,
         model: Arc::<model::open::Model>::clone(&model),
         kernels,
@@ -92,7 +102,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             tracing::error!(%error, "signals cannot be waited for; stop with kill");
         }
     });
-    if !with_parent {
+    if !options.announce && !with_parent {
         println!("{name} serves experts of {}; Ctrl-C ends it", model.name);
     }
     node.join()?;
@@ -127,4 +137,68 @@ async fn end(stop: &Stop, with_parent: bool) -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// This machine's membership: as it is kept, or gained now.
+fn member(options: &Options) -> anyhow::Result<Membership> {
+    let path = state::folder(options.state.clone(), "node")?;
+    let token =
+        options.join.as_deref().map(|given| read_token(given, options.stop_with_parent)).transpose()?;
+    match (Membership::open(&path)?, token) {
+        (Opened::Member(membership), None) => Ok(membership),
+        (Opened::Member(membership), Some(token)) if membership.is_of(&token) => {
+            let name = &membership.admission().name;
+            eprintln!("this machine is in that cluster already, as {name}; the token was not needed");
+            Ok(membership)
+        }
+        (Opened::Member(_), Some(_)) => bail!(
+            "this machine is in another cluster (state {}); give it another --state to join this one as well, or \
+             delete that folder to leave the other",
+            path.display()
+        ),
+        (Opened::Stranger(..), None) => bail!(
+            "this machine is in no cluster (state {}); run `moemesh token` on the router, then `moemesh node --join \
+             TOKEN` here",
+            path.display()
+        ),
+        (Opened::Stranger(folder, identity), Some(token)) => {
+            let name = options.name.clone().unwrap_or_else(host_name);
+            let admission = join::join(&identity, &token, &name).context("join the cluster")?;
+            if !options.announce {
+                println!("joined cluster {} as {}", admission.cluster, admission.name);
+            }
+            Ok(Membership::enter(folder, identity, admission)?)
+        }
+    }
+}
+
+/// The token that was given, or the one in a file or on standard input.
+fn read_token(given: &str, with_parent: bool) -> anyhow::Result<Token> {
+    let mut text = String::new();
+    match given.strip_prefix('@') {
+        Some(path) => {
+            let file =
+                std::fs::File::open(path).with_context(|| format!("open the token's file '{path}'"))?;
+            file.take(TEXT_BYTES_MAX as u64 + 1)
+                .read_to_string(&mut text)
+                .context("read the token's file")?;
+        }
+        None if given == "-" && with_parent => {
+            bail!("standard input cannot be the token and the parent at once")
+        }
+        None if given == "-" => {
+            let input = std::io::stdin().take(TEXT_BYTES_MAX as u64 + 1);
+            { input }.read_to_string(&mut text).context("read the token from standard input")?;
+        }
+        None => text.push_str(given),
+    }
+    Ok(text.parse()?)
+}
+
+/// What this machine is called, as far as it makes a name.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let letter = |letter: char| letter.is_ascii_alphanumeric() || "-_.".contains(letter);
+    let name: String = name.trim().chars().map(|c| if letter(c) { c } else { '-' }).take(63).collect();
+    if check_name(&name).is_ok() { name } else { "node".to_owned() }
 }

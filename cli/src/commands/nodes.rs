@@ -1,17 +1,23 @@
-//! `moemesh nodes`: what a running router says of its nodes.
+//! `moemesh nodes`: what a running router says of its nodes, and whom it is to shut out or let back in.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use anyhow::bail;
+use clap::{Args, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
-use serde_json::Value;
+use router::admin::{self, Answer, Question};
+use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::output;
+use crate::{output, state};
 
 /// Options of `moemesh nodes`.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    change: Option<Change>,
     /// The router's address
     #[arg(long, env = "MOEMESH_ROUTER", default_value = "http://127.0.0.1:8620")]
     router: String,
@@ -23,7 +29,48 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// What to change; asked of the router on this machine, over a socket in its state folder.
+#[derive(Debug, Subcommand)]
+enum Change {
+    /// Shut a node out for good: its connection is cut, its key is refused from now on
+    Revoke(Target),
+    /// Let a node back in that was quarantined for sending what no correct node sends
+    Pardon(Target),
+}
+
+#[derive(Args, Debug)]
+struct Target {
+    /// Name of the node; for `revoke`, the first digits of its key do as well
+    node: String,
+    /// State folder of the router [default: as `moemesh router` has it]
+    #[arg(long, env = "MOEMESH_STATE")]
+    state: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+fn change(change: &Change) -> anyhow::Result<ExitCode> {
+    let (target, question, done) = match change {
+        Change::Revoke(target) => (target, Question::Revoke { node: target.node.clone() }, "revoked"),
+        Change::Pardon(target) => (target, Question::Pardon { node: target.node.clone() }, "pardoned"),
+    };
+    let state = state::folder(target.state.clone(), "router")?;
+    let Answer::Done { node, epoch } = admin::ask(&state, &question)? else {
+        bail!("the router answered something else; is it of this version?");
+    };
+    if target.json {
+        output::json(&json!({done: node, "roster": epoch}))?;
+    } else {
+        println!("{node} is {done} (roster {epoch})");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    if let Some(wanted) = &options.change {
+        return change(wanted);
+    }
     let client = Client::new(&options.router, options.api_key.clone());
     let nodes = client.fetch("/api/v1/nodes")?;
     if options.json {

@@ -5,18 +5,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use std::sync::Arc;
+
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use mesh_net::authority::Authority;
 use mesh_net::hub::HubConfig;
-use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
 use model::kernel::paced::paced;
 use router::serve::{MeshConfig, Milestone, RouterConfig};
 use serde_json::json;
 
 use crate::model_options::{ModelOptions, parse_pace};
 use crate::output::{self, Progress};
-use crate::{memory, signals};
+use crate::{memory, signals, state};
 
 /// Time that blocking tasks get to end once the router has stopped.
 const STOP_WITHIN: Duration = Duration::from_millis(500);
@@ -26,13 +27,14 @@ const STOP_WITHIN: Duration = Duration::from_millis(500);
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelOptions,
-    /// Roster of the cluster (`moemesh roster` makes one). Without it every expert runs in this process
-    #[arg(long, requires = "key")]
-    roster: Option<PathBuf>,
-    /// This machine's key file
-    #[arg(long)]
-    key: Option<PathBuf>,
-    /// UDP address that nodes dial
+    /// Folder for keys, roster and tokens; made at the first start, which makes a new cluster [default:
+    /// $XDG_DATA_HOME/moemesh/router or ~/.local/share/moemesh/router]
+    #[arg(long, env = "MOEMESH_STATE")]
+    state: Option<PathBuf>,
+    /// No cluster: every expert runs in this process
+    #[arg(long, conflicts_with_all = ["state", "listen", "expect", "replicate"])]
+    alone: bool,
+    /// UDP address that nodes dial; 0.0.0.0:8621 for nodes on other machines
     #[arg(long, default_value_t = HubConfig::LISTEN)]
     listen: SocketAddr,
     /// TCP address of the API; any but loopback needs an API key
@@ -41,12 +43,15 @@ pub(crate) struct Options {
     /// Key that clients must send (may be repeated)
     #[arg(long, env = "MOEMESH_API_KEY", hide_env_values = true)]
     api_key: Vec<String>,
-    /// Seconds to wait for the nodes of the roster before going on without the missing ones
+    /// Nodes to wait for at the start [default: as many as have joined so far]
+    #[arg(long)]
+    expect: Option<usize>,
+    /// Seconds to wait for the nodes before going on without the missing ones
     #[arg(long, default_value_t = 60)]
     wait: u64,
     /// Which experts the router holds besides the nodes. all: every one, each layer's rows shared out so that router
     /// and nodes finish together (takes the memory for it). none: only what no node holds
-    #[arg(long, value_enum, default_value_t = Replicate::None, requires = "roster")]
+    #[arg(long, value_enum, default_value_t = Replicate::None)]
     replicate: Replicate,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
@@ -79,15 +84,8 @@ pub(crate) enum Replicate {
 }
 
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let mesh = match (&options.roster, &options.key) {
-        (Some(roster), Some(key)) => {
-            let (identity, roster) = (Identity::load(key)?, Roster::load(roster)?);
-            let wait = Duration::from_secs(options.wait);
-            let spin = Duration::from_micros(options.spin_us);
-            Some(MeshConfig { identity, roster, listen: options.listen, wait, spin })
-        }
-        _ => None,
-    };
+    let mesh = if options.alone { None } else { Some(open_cluster(&options)?) };
+    let hint = mesh.as_ref().map(|mesh| join_hint(&mesh.authority, &options));
     let model = options.model.open()?;
     let (kernels, native) = options.model.load_kernels(&model)?;
     let kernels = paced(kernels, options.pace_gb_s);
@@ -124,7 +122,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         Milestone::Loading { done, total } if !announce => loading.show(done, total, "loading experts"),
         milestone => {
             loading.finish();
-            report(milestone, announce, &name);
+            report(milestone, announce, &name, hint.as_deref());
         }
     };
     let ended = runtime.block_on(router::serve::run(config, reached, stop));
@@ -134,14 +132,38 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn report(milestone: Milestone, announce: bool, name: &str) {
+/// The cluster in the state folder, which may be new.
+fn open_cluster(options: &Options) -> anyhow::Result<MeshConfig> {
+    let authority = Authority::open(&state::folder(options.state.clone(), "router")?)?;
+    Ok(MeshConfig {
+        authority: Arc::new(authority),
+        expect: options.expect,
+        listen: options.listen,
+        wait: Duration::from_secs(options.wait),
+        spin: Duration::from_micros(options.spin_us),
+    })
+}
+
+/// What to do to add a machine.
+fn join_hint(authority: &Authority, options: &Options) -> String {
+    let what = match (authority.is_new(), authority.roster().roster().nodes.len()) {
+        (true, _) => format!("made cluster {}", authority.cluster()),
+        (false, nodes) => format!("cluster {}, {nodes} nodes have joined", authority.cluster()),
+    };
+    let state = options.state.as_ref().map(|state| format!(" --state {}", state.display()));
+    let state = state.unwrap_or_default();
+    format!("{what}; to add a machine: `moemesh token{state}` here, then `moemesh node --join TOKEN` there")
+}
+
+fn report(milestone: Milestone, announce: bool, name: &str, hint: Option<&str>) {
     let line = match milestone {
         Milestone::Listening { mesh, http } => {
             if !announce {
-                if let Some(mesh) = mesh {
+                if let Some((mesh, hint)) = mesh.zip(hint) {
+                    println!("{hint}");
                     println!("nodes dial {mesh}");
                 }
-                println!("loading {name}; waiting for the nodes");
+                println!("loading {name}");
             }
             json!({"mesh": mesh.map(|a| a.to_string()), "http": http.to_string()})
         }

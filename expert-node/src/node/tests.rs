@@ -4,9 +4,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig, Lane};
+use mesh_net::identity::Identity;
+use mesh_net::membership::Admission;
 use mesh_net::pending::CallError;
-use mesh_net::roster::Machine;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_wire::call::{Assignment as WireAssignment, CallDraft, CallHead};
@@ -28,7 +30,6 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Mesh {
     hub: Hub,
-    roster: Roster,
     identities: Vec<Identity>,
     source: Arc<dyn Source>,
     calls: AtomicU64,
@@ -40,14 +41,11 @@ fn identity(seed: u8) -> Identity {
 
 /// A router for `count` nodes that plans once `plan_at` of them are here.
 fn mesh(count: u8, plan_at: usize, source: Arc<dyn Source>) -> Mesh {
-    let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
     let identities: Vec<_> = (1..=count).map(identity).collect();
-    let nodes = identities.iter().enumerate().map(|(index, node)| machine(format!("node{index}"), node));
-    let roster = Roster {
-        cluster: "test".into(),
-        router: machine("router".into(), &identity(0)),
-        nodes: nodes.collect(),
-    };
+    let authority = Arc::new(Authority::in_memory().unwrap());
+    for (index, node) in identities.iter().enumerate() {
+        authority.admit(&format!("node{index}"), node.id()).unwrap();
+    }
     let shape = source.shape();
     let facts = ModelFacts {
         fingerprint: source.fingerprint(),
@@ -61,18 +59,23 @@ fn mesh(count: u8, plan_at: usize, source: Arc<dyn Source>) -> Mesh {
     let config = HubConfig {
         listen: ([127, 0, 0, 1], 0).into(),
         policy: Policy { plan_at_nodes: plan_at, plan_after: PATIENCE, ..Policy::default() },
-        ..HubConfig::new(identity(0), roster.clone(), facts)
+        ..HubConfig::new(authority, facts)
     };
     let hub = Hub::start(config).unwrap();
-    Mesh { hub, roster, identities, source, calls: AtomicU64::new(1) }
+    Mesh { hub, identities, source, calls: AtomicU64::new(1) }
 }
 
 impl Mesh {
+    fn membership(&self, identity: &Identity, node: usize) -> Arc<Membership> {
+        let authority = self.hub.authority();
+        let (cluster, router) = (authority.cluster(), authority.identity().id());
+        let admission = Admission { cluster, router, name: format!("node{node}"), addresses: Vec::new() };
+        Arc::new(Membership::in_memory(identity.clone(), admission))
+    }
+
     fn config(&self, node: usize, kernels: Arc<dyn Kernels>) -> NodeConfig {
         NodeConfig {
-            name: format!("node{node}"),
-            identity: self.identities[node].clone(),
-            roster: self.roster.clone(),
+            membership: self.membership(&self.identities[node], node),
             routers: vec![self.hub.local_addr()],
             model: Arc::clone(&self.source),
             kernels,
@@ -265,9 +268,10 @@ fn a_node_that_cannot_load_keeps_its_experts_on_the_router() {
 #[test]
 fn what_can_never_work_is_an_error_of_join() {
     let mesh = mesh(1, 1, Arc::new(FakeSource::default()));
-    let stranger = NodeConfig { identity: identity(99), ..mesh.config(0, Arc::new(FakeKernels::default())) };
-    let error = ExpertNode::start(stranger).unwrap().join().unwrap_err();
-    assert!(matches!(error, NodeError::Station(StationError::NotInRoster(_))), "{error}");
+    mesh.hub.revoke("node0").unwrap();
+    let revoked = mesh.start(0, Arc::new(FakeKernels::default()));
+    let error = revoked.join().unwrap_err();
+    assert!(matches!(error, NodeError::Station(StationError::Revoked)), "{error}");
     let unreadable = FakeSource { broken: Some(crate::fixture::key(1, 0)), ..FakeSource::default() };
     let config =
         NodeConfig { model: Arc::new(unreadable), ..mesh.config(0, Arc::new(FakeKernels::default())) };

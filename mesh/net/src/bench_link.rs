@@ -27,12 +27,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-use crate::endpoint::{self, EndpointError};
+use crate::authority::{Authority, AuthorityError};
+use crate::endpoint::{self, EndpointError, Listener};
 use crate::helm::Helm;
 use crate::hub::{Hub, HubConfig, HubError, Lane};
-use crate::identity::{Identity, IdentityError};
+use crate::identity::Identity;
+use crate::keys::KeyError;
+use crate::membership::{Admission, Membership};
 use crate::pending::CallError;
-use crate::roster::{Machine, Roster};
 use crate::station::{NodeService, ReplySink, Station, StationConfig, Stop};
 use crate::tls::SERVER_NAME;
 
@@ -60,7 +62,10 @@ pub enum BenchError {
     Io(#[from] io::Error),
     /// No keys.
     #[error(transparent)]
-    Identity(#[from] IdentityError),
+    Key(#[from] KeyError),
+    /// No cluster.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
     /// No hub.
     #[error(transparent)]
     Hub(#[from] HubError),
@@ -149,18 +154,21 @@ fn loopback() -> SocketAddr {
 }
 
 struct Keys {
-    router: Identity,
+    authority: Arc<Authority>,
     node: Identity,
-    roster: Roster,
 }
 
 impl Keys {
-    fn generate() -> Result<Keys, IdentityError> {
-        let (router, node) = (Identity::generate()?, Identity::generate()?);
-        let machine = |name: &str, key: &Identity| Machine { name: name.to_owned(), key: key.id() };
-        let nodes = vec![machine("node", &node)];
-        let roster = Roster { cluster: "bench".to_owned(), router: machine("router", &router), nodes };
-        Ok(Keys { router, node, roster })
+    fn generate() -> Result<Keys, BenchError> {
+        let (authority, node) = (Arc::new(Authority::in_memory()?), Identity::generate()?);
+        authority.admit("node", node.id())?;
+        Ok(Keys { authority, node })
+    }
+
+    fn membership(&self) -> Arc<Membership> {
+        let (cluster, router) = (self.authority.cluster(), self.authority.identity().id());
+        let admission = Admission { cluster, router, name: "node".to_owned(), addresses: Vec::new() };
+        Arc::new(Membership::in_memory(self.node.clone(), admission))
     }
 }
 
@@ -223,13 +231,14 @@ impl QuinnEcho {
         let theirs = runtime()?;
         let listener = {
             let _entered = theirs.enter();
-            endpoint::listen(&keys.router, &keys.roster, loopback())?
+            Listener::bind(keys.authority.identity(), keys.authority.members(), loopback())?
         };
-        let address = listener.local_addr()?;
+        let address = listener.endpoint.local_addr()?;
         spawn("bench-quinn", move || {
             let served: Result<(), BenchError> = theirs.block_on(async {
-                let incoming = listener.accept().await.ok_or_else(|| quinn("the endpoint closed"))?;
-                let connection = incoming.await.map_err(quinn)?;
+                let incoming = listener.endpoint.accept().await;
+                let incoming = incoming.ok_or_else(|| quinn("the endpoint closed"))?;
+                let connection = listener.accept(incoming).await.map_err(quinn)?;
                 let (mut send, mut recv) = connection.accept_bi().await.map_err(quinn)?;
                 let (mut question, answer) = ([0; OUT_BYTES], [1; BACK_BYTES]);
                 loop {
@@ -241,7 +250,7 @@ impl QuinnEcho {
         })?;
         let runtime = runtime()?;
         let (endpoint, connection, streams) = runtime.block_on(async {
-            let endpoint = endpoint::dialer(&keys.node, keys.router.id(), false)?;
+            let endpoint = endpoint::dialer(&keys.node, keys.authority.identity().id(), false)?;
             let connecting = endpoint.connect(address, SERVER_NAME).map_err(quinn)?;
             let connection = connecting.await.map_err(quinn)?;
             let streams = connection.open_bi().await.map_err(quinn)?;
@@ -429,11 +438,10 @@ impl CallLink {
             blocks: 1,
             ..ModelFacts::default()
         };
-        let defaults = HubConfig::new(keys.router.clone(), keys.roster.clone(), facts);
+        let defaults = HubConfig::new(Arc::clone(&keys.authority), facts);
         let hub = Hub::start(HubConfig { listen: loopback(), spin, probe_links: false, ..defaults })?;
         let config = StationConfig {
-            identity: keys.node.clone(),
-            roster: keys.roster.clone(),
+            membership: keys.membership(),
             routers: vec![hub.local_addr()],
             pool: Pool::new(StationConfig::POOL_BYTES_MAX),
         };

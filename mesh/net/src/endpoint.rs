@@ -12,18 +12,18 @@ use std::time::Duration;
 
 use mesh_wire::id::NodeId;
 use quinn::congestion::CubicConfig;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
 use quinn::{
-    AckFrequencyConfig, ClientConfig, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
-    IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Connection, ConnectionId, ConnectionIdGenerator, Endpoint,
+    EndpointConfig, IdleTimeout, Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 
 use crate::identity::Identity;
-use crate::roster::Roster;
-use crate::tls::{self, TlsError};
+use crate::members::Members;
+use crate::tls::{self, Gate, JOIN_ALPN, TlsError};
 
 /// First guess of the round trip: above what Wi-Fi and a busy machine add, a thirtieth of the internet's default, so
 /// that a lost first packet is repeated after 30 ms and not after a second.
@@ -174,41 +174,81 @@ fn socket(address: SocketAddr) -> Result<UdpSocket, EndpointError> {
     Ok(socket)
 }
 
-/// The router's endpoint: takes connections from the roster's nodes. Must be called within a tokio runtime.
-///
-/// # Errors
-/// `Bind` where the address is taken or foreign; the others would be defects.
-pub fn listen(identity: &Identity, roster: &Roster, address: SocketAddr) -> Result<Endpoint, EndpointError> {
-    let keys = roster.nodes.iter().map(|node| node.key).collect();
-    listen_with(identity, tls::server(identity, keys)?, address)
+/// The router's endpoint.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// The socket and its connections.
+    pub endpoint: Endpoint,
+    gate: Gate,
+    config: ServerConfig,
 }
 
-/// `listen` with a given TLS set-up.
-pub(crate) fn listen_with(
-    identity: &Identity,
-    tls: rustls::ServerConfig,
-    address: SocketAddr,
-) -> Result<Endpoint, EndpointError> {
-    let quic = QuicServerConfig::try_from(tls).map_err(TlsError::from)?;
-    let mut server = ServerConfig::with_crypto(Arc::new(quic));
-    server
-        .transport_config(Arc::new(transport(CONTROL_STREAMS_MAX)?))
-        .migration(false)
-        .max_incoming(INCOMING_MAX)
-        .incoming_buffer_size(INCOMING_BYTES_MAX)
-        .incoming_buffer_size_total(INCOMING_BYTES_TOTAL_MAX);
-    let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(endpoint_config(identity)?, Some(server), socket(address)?, runtime)
-        .map_err(|source| EndpointError::Bind { address, source })
+impl Listener {
+    /// Listens, for members and for those who want to join. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// `Bind` where the address is taken or foreign; the others would be defects.
+    pub fn bind(
+        identity: &Identity,
+        members: Arc<Members>,
+        address: SocketAddr,
+    ) -> Result<Listener, EndpointError> {
+        Listener::behind(Gate::new(identity, members)?, identity, address)
+    }
+
+    /// `bind` with a given gate.
+    pub(crate) fn behind(
+        gate: Gate,
+        identity: &Identity,
+        address: SocketAddr,
+    ) -> Result<Listener, EndpointError> {
+        let mut config = ServerConfig::with_crypto(Arc::new(gate.session()?));
+        config
+            .transport_config(Arc::new(transport(CONTROL_STREAMS_MAX)?))
+            .migration(false)
+            .max_incoming(INCOMING_MAX)
+            .incoming_buffer_size(INCOMING_BYTES_MAX)
+            .incoming_buffer_size_total(INCOMING_BYTES_TOTAL_MAX);
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint =
+            Endpoint::new(endpoint_config(identity)?, Some(config.clone()), socket(address)?, runtime)
+                .map_err(|source| EndpointError::Bind { address, source })?;
+        Ok(Listener { endpoint, gate, config })
+    }
+
+    /// Shakes hands. The peer is a member, or it wants to join (`wants_to_join`); nothing else gets through.
+    ///
+    /// # Errors
+    /// Why not, for the log.
+    pub async fn accept(&self, incoming: Incoming) -> Result<Connection, String> {
+        let mut config = self.config.clone();
+        config.crypto = Arc::new(self.gate.session().map_err(|error| error.to_string())?);
+        let connecting = incoming.accept_with(Arc::new(config)).map_err(|error| error.to_string())?;
+        connecting.await.map_err(|error| error.to_string())
+    }
 }
 
-/// A node's endpoint: dials the roster's router and takes no connections. Must be called within a tokio runtime.
+/// Whether the peer of this connection came to join, and may do nothing else.
+pub fn wants_to_join(connection: &Connection) -> bool {
+    let handshake = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    handshake.is_some_and(|handshake| handshake.protocol.as_deref() == Some(JOIN_ALPN))
+}
+
+/// A node's endpoint: dials the router and takes no connections. Must be called within a tokio runtime.
 /// `ipv6` says which kind of address it will dial.
 ///
 /// # Errors
 /// `Bind` where the machine has no free port or no such network; the others would be defects.
 pub fn dialer(identity: &Identity, router: NodeId, ipv6: bool) -> Result<Endpoint, EndpointError> {
     dialer_with(identity, tls::client(identity, router)?, ipv6)
+}
+
+/// The endpoint of a machine that joins.
+///
+/// # Errors
+/// As `dialer`.
+pub(crate) fn joiner(identity: &Identity, ipv6: bool) -> Result<Endpoint, EndpointError> {
+    dialer_with(identity, tls::joiner(identity)?, ipv6)
 }
 
 /// `dialer` with a given TLS set-up.
@@ -232,7 +272,7 @@ pub(crate) fn dialer_with(
 }
 
 /// The key a connected peer has proven to own.
-pub fn peer_key(connection: &quinn::Connection) -> Option<NodeId> {
+pub fn peer_key(connection: &Connection) -> Option<NodeId> {
     let identity = connection.peer_identity()?;
     let chain = identity.downcast_ref::<Vec<CertificateDer<'static>>>()?;
     tls::key_of(chain.first()?)
@@ -250,6 +290,14 @@ pub enum Close {
     Protocol = 3,
     /// The cluster does not want it; the reason says why.
     Unwanted = 4,
+    /// Its key is in use by another machine.
+    Cloned = 5,
+    /// The operator shut it out for good.
+    Revoked = 6,
+    /// It came to join, and too many do at once; it may try again.
+    Busy = 7,
+    /// The node does not believe this router; the reason says why.
+    Distrusted = 8,
 }
 
 impl From<Close> for VarInt {

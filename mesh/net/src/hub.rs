@@ -7,8 +7,11 @@
 //!
 //! The hub's thread drives that runtime, but for decode calls, which are short and many: those the compute thread
 //! sends itself, and it drives while it waits for their replies, so no thread is woken on the way (`helm`). Prefill
-//! calls are handed to the hub's thread, as their megabytes are to move while the compute thread computes. Refuses
-//! to start for an identity that is not the roster's router.
+//! calls are handed to the hub's thread, as their megabytes are to move while the compute thread computes.
+//!
+//! Who belongs to the cluster changes while it runs: machines join (`join`), others are revoked. The roster is the
+//! `Authority`'s; this module makes the seats agree with it, cuts off who is no longer in it, and shows it to all
+//! nodes. Of two processes with one key it keeps the one that is alive and was first.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,22 +27,25 @@ use mesh_wire::call::OutgoingCall;
 use mesh_wire::control::Goodbye;
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
-use quinn::{Endpoint, Incoming};
+use quinn::{Connection, Incoming};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use crate::endpoint::{self, Close, EndpointError};
+use crate::authority::{Authority, AuthorityError};
+use crate::endpoint::{Close, EndpointError, Listener, peer_key, wants_to_join};
 use crate::helm::{Helm, SEND_HERE_BYTES_MAX};
-use crate::identity::Identity;
+use crate::join::{self, Doorway};
 use crate::lane::Job;
 pub use crate::lane::Lane;
 use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
+use crate::membership;
 use crate::pending::{CallError, PendingCall, Slot};
-use crate::roster::{Machine, Roster, RosterError};
+use crate::roster::{Machine, Roster};
+use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
+use crate::tally::Feed;
 pub use crate::tally::NodeCounters;
-use crate::tally::{Feed, Tally};
 
 /// How often the cluster's logic is told that time passed.
 const TICK: Duration = Duration::from_millis(100);
@@ -47,23 +53,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// Time a peer has to complete the handshake; on a LAN it takes three milliseconds.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(3);
 
-/// Connections that may be between first packet and hello at a time.
-const GREETING_MAX: usize = 64;
-
-/// From this many on, a peer must first prove that it receives at the address it sends from: a flood of forged
-/// first packets then costs one small packet each and no memory.
-const GREETING_UNPROVEN_MAX: usize = 16;
-
 /// Commands from other threads that may wait.
 const COMMANDS_MAX: usize = 16;
 
 /// What a hub needs to start.
 #[derive(Clone, Debug)]
 pub struct HubConfig {
-    /// This machine's key; the roster's router.
-    pub identity: Identity,
-    /// Who belongs to the cluster.
-    pub roster: Roster,
+    /// The cluster: its keys, and who belongs to it.
+    pub authority: Arc<Authority>,
     /// Address to listen on; loopback unless the operator says otherwise (`HubConfig::LISTEN`).
     pub listen: SocketAddr,
     /// The model.
@@ -87,10 +84,9 @@ impl HubConfig {
     pub const POOL_BYTES_MAX: usize = 256 << 20;
 
     /// A configuration with the defaults.
-    pub fn new(identity: Identity, roster: Roster, facts: ModelFacts) -> HubConfig {
+    pub fn new(authority: Arc<Authority>, facts: ModelFacts) -> HubConfig {
         HubConfig {
-            identity,
-            roster,
+            authority,
             listen: HubConfig::LISTEN,
             facts,
             policy: Policy::default(),
@@ -104,19 +100,6 @@ impl HubConfig {
 /// Why a hub does not start.
 #[derive(Debug, Error)]
 pub enum HubError {
-    /// The roster is not usable.
-    #[error(transparent)]
-    Roster(#[from] RosterError),
-    /// This machine is not the roster's router.
-    #[error(
-        "this machine's key is {key}, the roster's router `{router}` has another; use the router's key file, or put this key into every machine's roster"
-    )]
-    NotTheRouter {
-        /// Key of this machine.
-        key: String,
-        /// Name of the roster's router.
-        router: String,
-    },
     /// No endpoint.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
@@ -158,38 +141,36 @@ pub struct HubCounters {
     pub handshakes_failed: u64,
     /// First packets answered with a demand for proof of address, or turned away, because too many came at once.
     pub deferred: u64,
+    /// Machines that joined the cluster.
+    pub joined: u64,
+    /// Connections turned away because their key was in use by another machine.
+    pub clones: u64,
     /// The frame pool.
     pub pool: PoolCounters,
 }
 
-struct Seat {
-    machine: Machine,
-    tally: Arc<Tally>,
-    link: Mutex<Option<Arc<Link>>>,
-}
-
-impl Seat {
-    fn link(&self) -> MutexGuard<'_, Option<Arc<Link>>> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// What other threads want of the network thread.
 enum Command {
-    Plan,
+    Feed(Event),
+    /// The roster has changed.
+    Roster,
 }
 
 struct Shared {
-    seats: Vec<Seat>,
+    authority: Arc<Authority>,
+    seats: Seats,
     started: Instant,
     cluster: Mutex<Cluster>,
     changed: Condvar,
     routes: RwLock<Arc<Routes>>,
     pool: Pool,
+    doorway: Mutex<Doorway>,
     connections: AtomicU64,
     handshakes_failed: AtomicU64,
     deferred: AtomicU64,
     probe_links: bool,
+    joined: AtomicU64,
+    clones: AtomicU64,
     /// Goodbye was said: nodes that leave from now on do what they were told.
     closing: AtomicBool,
 }
@@ -216,25 +197,19 @@ impl Hub {
     /// Listens and starts the network thread.
     ///
     /// # Errors
-    /// `HubError`: roster, key, address or thread.
+    /// `HubError`: address or thread.
     pub fn start(config: HubConfig) -> Result<Hub, HubError> {
-        config.roster.check()?;
-        let router = &config.roster.router;
-        if router.key != config.identity.id() {
-            let key = config.identity.id().to_hex();
-            return Err(HubError::NotTheRouter { key, router: router.name.clone() });
-        }
         let helm = Arc::new(Helm::new(config.spin)?);
-        let endpoint = {
+        let listener = {
             let _entered = helm.enter();
-            endpoint::listen(&config.identity, &config.roster, config.listen)?
+            Listener::bind(config.authority.identity(), config.authority.members(), config.listen)?
         };
-        let local =
-            endpoint.local_addr().map_err(|source| EndpointError::Bind { address: config.listen, source })?;
+        let local = listener.endpoint.local_addr();
+        let local = local.map_err(|source| EndpointError::Bind { address: config.listen, source })?;
         let shared = Arc::new(Shared::new(config));
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (stop, stopped) = watch::channel(None);
-        let server = Server { shared: Arc::clone(&shared), endpoint, sessions: JoinSet::new() };
+        let server = Server { shared: Arc::clone(&shared), listener, sessions: JoinSet::new() };
         let network = Arc::clone(&helm);
         let thread = std::thread::Builder::new()
             .name("mesh-hub".into())
@@ -259,7 +234,7 @@ impl Hub {
 
     /// How long a call with this many assignments may take at this node now, given what is already out to it.
     pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
-        let seat = self.shared.seats.get(usize::from(node));
+        let seat = self.shared.seats.at(node);
         let out = seat.map_or(0, |seat| seat.tally.outstanding());
         self.shared.cluster().budget(node, assignments.saturating_add(out))
     }
@@ -271,10 +246,10 @@ impl Hub {
         let slot = Slot::new(&call, Instant::now());
         let here = lane == Lane::Decode && call.frame_bytes() <= SEND_HERE_BYTES_MAX;
         let pending = PendingCall::new(Arc::clone(&slot), here.then(|| Arc::clone(&self.helm)));
-        let seat = self.shared.seats.get(usize::from(node));
-        match seat.and_then(|seat| Some((seat.link().clone()?, &seat.tally))) {
+        let seat = self.shared.seats.at(node);
+        match seat.and_then(|seat| Some((seat.link().clone()?, Arc::clone(&seat.tally)))) {
             Some((link, tally)) => {
-                let job = Job::new(slot, call, Arc::clone(tally));
+                let job = Job::new(slot, call, tally);
                 if here {
                     self.helm.now(|| link.queue(lane).push(job));
                 } else {
@@ -316,14 +291,48 @@ impl Hub {
     /// Makes a plan for the nodes that are here now, without waiting for more.
     pub fn plan_now(&self) {
         // A full queue holds sixteen such commands; closed, there is nobody to plan for.
-        drop(self.commands.try_send(Command::Plan));
+        drop(self.commands.try_send(Command::Feed(Event::Plan)));
     }
 
-    /// Every node of the roster, in the order of `NodeIndex`.
+    /// The cluster's keys, roster and tokens.
+    pub fn authority(&self) -> &Arc<Authority> {
+        &self.shared.authority
+    }
+
+    /// Shuts a node out for good, by its name or the first digits of its key: its connection is cut, its experts run
+    /// elsewhere, and its key gets in nowhere any more. Writes to disk; not for the network's thread.
+    ///
+    /// # Errors
+    /// `NoSuchNode`, `Ambiguous`, or what keeps it from being saved; then nothing has changed.
+    pub fn revoke(&self, which: &str) -> Result<Machine, AuthorityError> {
+        let machine = self.shared.authority.revoke(which)?;
+        // Closed only where the hub has ended, and all connections with it.
+        drop(self.commands.blocking_send(Command::Roster));
+        Ok(machine)
+    }
+
+    /// Lets a quarantined node back in, by its name. Not for the network's thread.
+    ///
+    /// # Errors
+    /// `NoSuchNode`.
+    pub fn pardon(&self, name: &str) -> Result<(), AuthorityError> {
+        let all = self.shared.seats.all();
+        let mut named =
+            (0..).zip(all.iter()).filter(|(_, seat)| !seat.is_revoked() && seat.machine.name == name);
+        let (node, _) = named.next().ok_or_else(|| AuthorityError::NoSuchNode(name.to_owned()))?;
+        drop(self.commands.blocking_send(Command::Feed(Event::Pardon(node))));
+        Ok(())
+    }
+
+    /// Every node there has been since the start, in the order of `NodeIndex`.
     pub fn nodes(&self) -> Vec<NodeStatus> {
         let statuses = self.shared.cluster().statuses();
-        let node = |(seat, cluster): (&Seat, cluster::NodeStatus)| {
+        let node = |(seat, mut cluster): (&Arc<Seat>, cluster::NodeStatus)| {
             let link = seat.link().clone();
+            let note = seat.note().clone();
+            if !note.is_empty() {
+                cluster.note = note;
+            }
             NodeStatus {
                 name: seat.machine.name.clone(),
                 id: seat.machine.key,
@@ -333,7 +342,7 @@ impl Hub {
                 counters: seat.tally.snapshot(),
             }
         };
-        self.shared.seats.iter().zip(statuses).map(node).collect()
+        self.shared.seats.all().iter().zip(statuses).map(node).collect()
     }
 
     /// What was counted beyond the nodes.
@@ -342,6 +351,8 @@ impl Hub {
             connections: self.shared.connections.load(Ordering::Relaxed),
             handshakes_failed: self.shared.handshakes_failed.load(Ordering::Relaxed),
             deferred: self.shared.deferred.load(Ordering::Relaxed),
+            joined: self.shared.joined.load(Ordering::Relaxed),
+            clones: self.shared.clones.load(Ordering::Relaxed),
             pool: self.shared.pool.counters(),
         }
     }
@@ -366,23 +377,77 @@ impl Drop for Hub {
 
 impl Shared {
     fn new(config: HubConfig) -> Shared {
-        let member = |node: &Machine| Member { id: node.key, name: node.name.clone() };
-        let members = config.roster.nodes.iter().map(member).collect();
-        let cluster = Cluster::with_policy(members, config.facts, config.policy);
+        let cluster = Cluster::with_policy(Vec::new(), config.facts, config.policy);
         let routes = RwLock::new(cluster.routes());
-        let seat = |machine| Seat { machine, tally: Arc::default(), link: Mutex::new(None) };
-        Shared {
-            seats: config.roster.nodes.into_iter().map(seat).collect(),
+        let shared = Shared {
+            authority: config.authority,
+            seats: Seats::default(),
             started: Instant::now(),
             cluster: Mutex::new(cluster),
             changed: Condvar::new(),
             routes,
             pool: Pool::new(config.pool_bytes_max),
+            doorway: Mutex::new(Doorway::new(tokio::time::Instant::now())),
             connections: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             deferred: AtomicU64::new(0),
             probe_links: config.probe_links,
+            joined: AtomicU64::new(0),
+            clones: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+        };
+        shared.seat_newcomers(shared.authority.roster().roster());
+        shared
+    }
+
+    /// Gives a seat to every machine of the roster that has none.
+    fn seat_newcomers(&self, roster: &Roster) {
+        for machine in &roster.nodes {
+            if self.seats.of(machine.key).is_some() {
+                continue;
+            }
+            let member = Member { id: machine.key, name: machine.name.clone() };
+            if self.seats.add(machine.clone()) {
+                // Nobody else adds to either, so both have the same length.
+                self.cluster().admit(member);
+            } else {
+                tracing::error!(name = machine.name, "too many machines came and went; restart the router");
+            }
+        }
+    }
+
+    /// Makes seats agree with the roster, and shows it to everyone.
+    fn follow_roster(&self) {
+        let signed = self.authority.roster();
+        let roster = signed.roster();
+        for (node, seat) in (0..).zip(self.seats.all().iter()) {
+            if seat.is_revoked() || roster.nodes.iter().any(|machine| machine.key == seat.machine.key) {
+                continue;
+            }
+            tracing::warn!(node = seat.machine.name, "a node was revoked");
+            if let Some(link) = seat.revoke() {
+                link.close(Close::Revoked, "the operator revoked this machine's key");
+            }
+            self.feed(Event::Revoked(node));
+        }
+        self.seat_newcomers(roster);
+        for seat in self.seats.all().iter() {
+            if let Some(link) = seat.link().clone() {
+                self.show_roster(&link);
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Shows a node the roster, and which start of the router this is.
+    fn show_roster(&self, link: &Link) {
+        let shown = membership::shown(self.authority.term(), &self.authority.roster());
+        match Message::Roster(shown).encode(&self.pool) {
+            Ok(frame) => link.tell(Outgoing::Frame(frame)),
+            Err(error) => {
+                tracing::error!(%error, "the roster cannot be sent");
+                link.close(Close::Unwanted, "the roster cannot be sent");
+            }
         }
     }
 
@@ -393,7 +458,7 @@ impl Shared {
     fn carry_out(&self, action: Action) {
         match action {
             Action::Place(node, placement) => {
-                let Some(seat) = self.seats.get(usize::from(node)) else { return };
+                let Some(seat) = self.seats.at(node) else { return };
                 let Some(link) = seat.link().clone() else { return };
                 match Message::Placement(placement).encode(&self.pool) {
                     Ok(frame) => link.tell(Outgoing::Frame(frame)),
@@ -404,7 +469,7 @@ impl Shared {
                 }
             }
             Action::Disconnect(node, reason) => {
-                let Some(seat) = self.seats.get(usize::from(node)) else { return };
+                let Some(seat) = self.seats.at(node) else { return };
                 tracing::warn!(node = seat.machine.name, reason, "a node is disconnected");
                 if let Some(link) = seat.link().take() {
                     link.close(Close::Unwanted, &reason);
@@ -415,8 +480,8 @@ impl Shared {
                 *self.routes.write().unwrap_or_else(PoisonError::into_inner) = routes;
             }
             Action::Report(node, text) => {
-                let name = self.seats.get(usize::from(node)).map(|seat| seat.machine.name.as_str());
-                tracing::warn!(node = name, "{text}");
+                let seat = self.seats.at(node);
+                tracing::warn!(node = seat.map(|seat| seat.machine.name.clone()), "{text}");
             }
         }
     }
@@ -440,7 +505,7 @@ impl Feed for Shared {
 /// The task that everything else of the hub hangs on.
 struct Server {
     shared: Arc<Shared>,
-    endpoint: Endpoint,
+    listener: Listener,
     sessions: JoinSet<()>,
 }
 
@@ -448,16 +513,19 @@ impl Server {
     async fn serve(mut self, mut inbox: mpsc::Receiver<Command>, mut stop: watch::Receiver<Option<String>>) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let greeting = Arc::new(AtomicU64::new(0));
+        let greeters = Arc::new(Greeters::default());
         let reason = loop {
             tokio::select! {
                 reason = stop.wait_for(Option::is_some) => {
                     break reason.ok().and_then(|reason| reason.clone()).unwrap_or_default();
                 }
-                Some(Command::Plan) = inbox.recv() => self.shared.feed(Event::Plan),
+                Some(command) = inbox.recv() => match command {
+                    Command::Feed(event) => self.shared.feed(event),
+                    Command::Roster => self.shared.follow_roster(),
+                },
                 _ = ticks.tick() => self.shared.feed(Event::Tick),
-                incoming = self.endpoint.accept() => match incoming {
-                    Some(incoming) => self.greet(incoming, &greeting),
+                incoming = self.listener.endpoint.accept() => match incoming {
+                    Some(incoming) => self.greet(incoming, &greeters),
                     None => break String::new(),
                 },
                 Some(_) = self.sessions.join_next() => {}
@@ -467,28 +535,29 @@ impl Server {
     }
 
     /// Starts a session with a new peer, or puts it off where too many come at once.
-    fn greet(&mut self, incoming: Incoming, greeting: &Arc<AtomicU64>) {
-        let now = greeting.load(Ordering::Relaxed) as usize;
-        if now >= GREETING_MAX {
-            self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-            incoming.refuse();
-        } else if now >= GREETING_UNPROVEN_MAX && incoming.may_retry() {
-            self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-            // Fails only where `may_retry` is false.
-            drop(incoming.retry());
-        } else {
-            greeting.fetch_add(1, Ordering::Relaxed);
-            let shared = Arc::clone(&self.shared);
-            let greeting = Greeting(Arc::clone(greeting));
-            self.sessions.spawn(session(shared, incoming, greeting));
+    fn greet(&mut self, incoming: Incoming, greeters: &Arc<Greeters>) {
+        match greeters.welcome(incoming.remote_address()) {
+            Welcome::Refuse => {
+                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
+                incoming.refuse();
+            }
+            Welcome::Prove(_) if incoming.may_retry() => {
+                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
+                // Fails only where `may_retry` is false.
+                drop(incoming.retry());
+            }
+            Welcome::Greet(greeting) | Welcome::Prove(greeting) => {
+                let (shared, listener) = (Arc::clone(&self.shared), self.listener.clone());
+                self.sessions.spawn(session(shared, listener, incoming, greeting));
+            }
         }
     }
 
     /// Tells every node, waits a moment for it to arrive, and closes the endpoint.
     async fn close(mut self, reason: String) {
-        self.endpoint.set_server_config(None);
+        self.listener.endpoint.set_server_config(None);
         self.shared.closing.store(true, Ordering::Relaxed);
-        for seat in &self.shared.seats {
+        for seat in self.shared.seats.all().iter() {
             let Some(link) = seat.link().clone() else { continue };
             match Message::Goodbye(Goodbye { reason: reason.clone() }).encode(&self.shared.pool) {
                 Ok(frame) => link.tell(Outgoing::Last(frame)),
@@ -498,43 +567,33 @@ impl Server {
         let all = async { while self.sessions.join_next().await.is_some() {} };
         // Sessions that are still shaking hands do not end by themselves.
         drop(timeout(GOODBYE_WITHIN, all).await);
-        self.endpoint.close(Close::Goodbye.into(), reason.as_bytes());
-        drop(timeout(GOODBYE_WITHIN, self.endpoint.wait_idle()).await);
+        self.listener.endpoint.close(Close::Goodbye.into(), reason.as_bytes());
+        drop(timeout(GOODBYE_WITHIN, self.listener.endpoint.wait_idle()).await);
         self.sessions.shutdown().await;
         // Whoever still holds a `PendingCall` learns that its node is gone.
-        self.shared.seats.iter().for_each(|seat| drop(seat.link().take()));
-    }
-}
-
-/// Counts a peer as being greeted while it lives.
-struct Greeting(Arc<AtomicU64>);
-
-impl Drop for Greeting {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.shared.seats.all().iter().for_each(|seat| drop(seat.link().take()));
     }
 }
 
 /// One connection, from its first packet to its end.
-async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
+async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, greeting: Greeting) {
     let address = incoming.remote_address();
-    let handshake = async { incoming.accept()?.await };
-    let connection = match timeout(HANDSHAKE_WITHIN, handshake).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => {
+    let shaken = timeout(HANDSHAKE_WITHIN, listener.accept(incoming)).await;
+    let connection = match shaken.unwrap_or_else(|_| Err("the handshake took too long".to_owned())) {
+        Ok(connection) => connection,
+        Err(error) => {
             shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(%address, %error, "a peer did not get in");
-            return;
-        }
-        Err(_) => {
-            shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%address, error, "a peer did not get in");
             return;
         }
     };
-    let key = endpoint::peer_key(&connection);
-    let seated = key.and_then(|key| (0..).zip(&shared.seats).find(|(_, seat)| seat.machine.key == key));
-    let Some((node, seat)) = seated else {
-        connection.close(Close::Unwanted.into(), b"this key is not in the router's roster");
+    if wants_to_join(&connection) {
+        drop(greeting);
+        return admit(&shared, &connection).await;
+    }
+    let Some((node, seat)) = peer_key(&connection).and_then(|key| shared.seats.of(key)) else {
+        // It was shut out since its handshake.
+        connection.close(Close::Revoked.into(), b"the operator revoked this machine's key");
         return;
     };
     let introduction = match introduce(&connection, &shared.pool).await {
@@ -551,14 +610,13 @@ async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
     let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
     let (mut session, link) = Session::new(connection, introduction, node, tools);
     session.probes = shared.probe_links;
+    if !take_seat(&shared, &seat, &link).await {
+        return;
+    }
     shared.connections.fetch_add(1, Ordering::Relaxed);
     seat.tally.update(|counters| counters.connections += 1);
-    let replaced = seat.link().replace(Arc::clone(&link));
-    if let Some(old) = replaced {
-        tracing::warn!(node = seat.machine.name, %address, "a new connection replaces the node's old one");
-        old.close(Close::Replaced, "a newer connection with the same key took its place");
-    }
     tracing::info!(node = seat.machine.name, %address, "a node joined");
+    shared.show_roster(&link);
     shared.feed(Event::Joined(node, hello));
     let reason = session.run(Arc::clone(&link)).await;
     let present = {
@@ -575,4 +633,64 @@ async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
         }
         shared.feed(Event::Lost(node));
     }
+}
+
+/// Serves a stranger who wants to join, if there is room.
+async fn admit(shared: &Shared, connection: &Connection) {
+    let now = tokio::time::Instant::now();
+    let place = shared.doorway.lock().unwrap_or_else(PoisonError::into_inner).enter(now);
+    let Some(_place) = place else {
+        shared.deferred.fetch_add(1, Ordering::Relaxed);
+        connection.close(Close::Busy.into(), b"too many machines join at once; try again");
+        return;
+    };
+    if join::serve(connection, &shared.authority).await.is_some() {
+        shared.joined.fetch_add(1, Ordering::Relaxed);
+        shared.follow_roster();
+    }
+}
+
+/// Makes this the node's live connection, unless its key belongs to a machine that is here and alive. A process that
+/// was killed and started again does not answer on its old connection; a second machine with a copied key finds the
+/// first one answering.
+async fn take_seat(shared: &Shared, seat: &Seat, link: &Arc<Link>) -> bool {
+    let _first = seat.arrival.lock().await;
+    let old = seat.link().clone();
+    if let Some(old) = old
+        && old.instance != link.instance
+        && old.is_alive(&shared.pool).await
+    {
+        refuse_clone(shared, seat, &old, link);
+        return false;
+    }
+    match seat.sit(link) {
+        Ok(replaced) => {
+            seat.note().clear();
+            if let Some(old) = replaced {
+                tracing::warn!(node = seat.machine.name, "a new connection replaces the node's old one");
+                old.close(Close::Replaced, "a newer connection with the same key took its place");
+            }
+            true
+        }
+        Err(()) => {
+            link.close(Close::Revoked, "the operator revoked this machine's key");
+            false
+        }
+    }
+}
+
+fn refuse_clone(shared: &Shared, seat: &Seat, old: &Link, link: &Link) {
+    shared.clones.fetch_add(1, Ordering::Relaxed);
+    let (here, there) = (old.connection.remote_address(), link.connection.remote_address());
+    let remedy = "a copied key file or SD card? Delete the state folder on one of them and join it again";
+    link.close(
+        Close::Cloned,
+        &format!("this machine's key is in use by another machine at {here}: {remedy}"),
+    );
+    let note = format!("another machine at {there} uses this node's key: {remedy}");
+    // Said once while the other one keeps trying.
+    if seat.note().is_empty() {
+        tracing::error!(node = seat.machine.name, "{note}");
+    }
+    *seat.note() = note;
 }

@@ -2,8 +2,9 @@
 //!
 //! Nodes dial the router and prove their key in TLS; the router sends calls over lanes, streams that it opens and
 //! reuses. Read in this order: `hub` is the router's side and `station` a node's, `lane` and `pending` are the way
-//! of one call, `endpoint` sets up QUIC for a LAN, `tls` decides who may talk at all, `roster` and `identity` are
-//! the files behind that. `bench_link` measures what all this costs.
+//! of one call. Who may talk at all: `join` is how a machine gets in, `authority` what the router keeps about it and
+//! `membership` what the machine keeps, `endpoint` sets up QUIC for a LAN, `tls` checks keys, `roster` and `token` are
+//! what is signed and handed over. `bench_link` measures what all this costs.
 //!
 //! Both sides have a network thread and a current-thread tokio runtime, which the thread that computes drives while
 //! it waits (`helm`); compute never runs inside of it. Everything that queues is bounded. A module imports only modules listed after it (tests: tidy).
@@ -11,6 +12,8 @@
 pub mod bench_link;
 
 pub mod hub;
+
+mod seats;
 
 mod link;
 
@@ -30,13 +33,29 @@ mod tally;
 
 mod stream;
 
+pub mod join;
+
+pub mod authority;
+
+pub mod tickets;
+
+pub mod membership;
+
+pub mod token;
+
 pub mod endpoint;
 
 pub mod tls;
 
+pub mod members;
+
 pub mod roster;
 
 pub mod identity;
+
+pub mod keys;
+
+pub mod disk;
 
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@
 //! call that waits or is under way fails at once.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_proto::cluster::Event;
@@ -15,7 +16,7 @@ use mesh_wire::control::Hello;
 use mesh_wire::frame::Op;
 use mesh_wire::message::Message;
 use quinn::{Connection, RecvStream, SendStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
@@ -34,6 +35,10 @@ const OUTBOX_MESSAGES: usize = 8;
 /// Time a goodbye has to arrive before the connection is closed regardless.
 pub(crate) const GOODBYE_WITHIN: Duration = Duration::from_millis(200);
 
+/// Time a node has to answer whether it is there. A LAN and a busy machine need a tenth of it; a process that was
+/// killed and started again waits for it once.
+pub(crate) const ALIVE_WITHIN: Duration = Duration::from_millis(300);
+
 /// Reports closer together than this are dropped: a node reports every second.
 const HEALTH_EVERY_MIN: Duration = Duration::from_millis(100);
 
@@ -50,6 +55,11 @@ pub(crate) enum Outgoing {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) connection: Connection,
+    /// Of the node's process.
+    pub(crate) instance: u64,
+    /// Number of the last ping that was answered.
+    answered: watch::Sender<u64>,
+    asked: AtomicU64,
     queues: [Arc<Queue>; 2],
     outbox: mpsc::Sender<Outgoing>,
 }
@@ -64,6 +74,19 @@ impl Link {
     pub(crate) fn tell(&self, message: Outgoing) {
         if self.outbox.try_send(message).is_err() {
             self.close(Close::Protocol, "control messages are not read");
+        }
+    }
+
+    /// Whether the node answers, within `ALIVE_WITHIN`.
+    pub(crate) async fn is_alive(&self, pool: &Pool) -> bool {
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed) + 1;
+        let Ok(frame) = Message::Ping(asked).encode(pool) else { return false };
+        let mut answers = self.answered.subscribe();
+        self.tell(Outgoing::Frame(frame));
+        let answer = answers.wait_for(|answered| *answered >= asked);
+        tokio::select! {
+            answered = timeout(ALIVE_WITHIN, answer) => answered.is_ok_and(|answered| answered.is_ok()),
+            _ = self.connection.closed() => false,
         }
     }
 
@@ -115,7 +138,14 @@ impl Session {
         (pool, tally, feed): (Pool, Arc<Tally>, Arc<dyn Feed>),
     ) -> (Session, Arc<Link>) {
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
-        let link = Arc::new(Link { connection, queues: Default::default(), outbox });
+        let link = Arc::new(Link {
+            connection,
+            instance: introduction.hello.instance,
+            answered: watch::Sender::new(0),
+            asked: AtomicU64::new(0),
+            queues: Default::default(),
+            outbox,
+        });
         let control = introduction.control;
         (Session { node, pool, tally, feed, probes: true, control, outbox: outgoing }, link)
     }
@@ -134,7 +164,7 @@ impl Session {
         let (mut send, mut recv) = self.control;
         let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
         let reason = tokio::select! {
-            reason = listen(node, &mut recv, pool, feed) => reason,
+            reason = listen(node, &mut recv, (pool, &link), feed) => reason,
             reason = speak(&mut send, &mut self.outbox) => reason,
             error = link.connection.closed() => error.to_string(),
         };
@@ -169,10 +199,15 @@ impl Session {
 }
 
 /// What a node may say on its control stream after its hello.
-const HEARD: [Op; 4] = [Op::Placed, Op::Health, Op::Leaving, Op::Goodbye];
+const HEARD: [Op; 5] = [Op::Placed, Op::Health, Op::Pong, Op::Leaving, Op::Goodbye];
 
 /// Reads what the node says until there is no more.
-async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn Feed) -> String {
+async fn listen(
+    node: NodeIndex,
+    recv: &mut RecvStream,
+    (pool, link): (&Pool, &Link),
+    feed: &dyn Feed,
+) -> String {
     let mut last_health: Option<Instant> = None;
     let mut leaving = false;
     loop {
@@ -195,6 +230,10 @@ async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn 
                     tracing::info!(node, "a node is leaving");
                     feed.feed(Event::Leaving(node));
                 }
+            }
+            // A number that was not asked for wakes nobody.
+            Ok(Message::Pong(asked)) if asked <= link.asked.load(Ordering::Relaxed) => {
+                link.answered.send_replace(asked);
             }
             Ok(Message::Goodbye(goodbye)) => return format!("it said goodbye: {}", goodbye.reason),
             Ok(_) => return "it said what only a router says".to_owned(),

@@ -8,7 +8,9 @@
 //! call per lane at a time, so the number of calls at a node is bounded by the lanes the router may open.
 //!
 //! Pauses between attempts carry a jitter derived from the node's key, so that nodes that lost their router together
-//! do not come back together, and a run can be replayed.
+//! do not come back together, and a run can be replayed. A node that is refused asks ever more rarely; one that was
+//! revoked ends. Before a router may place anything it has to show the roster (`membership`): a node does not work for
+//! a router that was restored from an old backup, or for a second one that runs with the first one's keys.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -31,8 +33,7 @@ use crate::drain::LEAVING_MAX;
 pub use crate::drain::Stop;
 use crate::endpoint::{self, Close, EndpointError, LaneReset};
 use crate::helm::Helm;
-use crate::identity::Identity;
-use crate::roster::{Roster, RosterError};
+use crate::membership::{Distrust, Membership};
 use crate::stream::{PROBE_PRIORITY, ReadFrameError, read_frame, write_frame};
 use crate::tls::SERVER_NAME;
 
@@ -46,8 +47,18 @@ const DIAL_WITHIN: Duration = Duration::from_secs(3);
 /// the time a person notices.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 
-/// Longest pause.
-const PAUSE_MAX: Duration = Duration::from_secs(3);
+/// Longest pause while nobody answers.
+pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(3);
+
+/// Longest pause where the router answers and refuses: a person has to do something first.
+pub(crate) const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// A connection that held this long was no refusal; the next pause is short again.
+const SERVED_MIN: Duration = Duration::from_secs(10);
+
+/// Where QUIC puts TLS alerts among its error codes (RFC 9001 section 4.8), and the alert for a revoked certificate.
+const TLS_ALERTS: u64 = 0x100;
+const ALERT_REVOKED: u64 = TLS_ALERTS + 44;
 
 /// A reply frame up to this size is sent before larger ones that wait: a decode reply of 8 rows 4096 wide.
 const URGENT_BYTES_MAX: usize = 64 << 10;
@@ -83,11 +94,9 @@ pub trait NodeService: Send + Sync + 'static {
 /// What a station needs to run.
 #[derive(Clone, Debug)]
 pub struct StationConfig {
-    /// This machine's key; one of the roster's nodes.
-    pub identity: Identity,
-    /// Who belongs to the cluster.
-    pub roster: Roster,
-    /// Where the router may be, tried in order.
+    /// This machine's key, and whom it trusts.
+    pub membership: Arc<Membership>,
+    /// Where the router may be, tried in order; none: where it was when the machine joined.
     pub routers: Vec<SocketAddr>,
     /// The pool for frames; the service builds its replies in it, too.
     pub pool: Pool,
@@ -101,16 +110,13 @@ impl StationConfig {
 /// Why a station does not run.
 #[derive(Debug, Error)]
 pub enum StationError {
-    /// The roster is not usable.
-    #[error(transparent)]
-    Roster(#[from] RosterError),
-    /// This machine is not one of the roster's nodes.
+    /// The operator shut this machine out.
     #[error(
-        "this machine's key {0} is not a node of the roster; add it under [[nodes]] in every machine's roster and restart the router"
+        "this machine was revoked (`moemesh nodes revoke`) and the cluster does not take its key any more; to bring it          back, delete its state folder and join with a new token from `moemesh token`"
     )]
-    NotInRoster(String),
+    Revoked,
     /// There is nowhere to dial.
-    #[error("no router address is given")]
+    #[error("no address of the router is known; say where it is with --router HOST:PORT")]
     NoAddress,
     /// No endpoint.
     #[error(transparent)]
@@ -231,12 +237,7 @@ impl Station {
         service: Arc<dyn NodeService>,
         stop: &Stop,
     ) -> Result<(), StationError> {
-        config.roster.check()?;
-        let id = config.identity.id();
-        if config.roster.node_index(id).is_none() {
-            return Err(StationError::NotInRoster(id.to_hex()));
-        }
-        if config.routers.is_empty() {
+        if config.routers.is_empty() && config.membership.admission().addresses.is_empty() {
             return Err(StationError::NoAddress);
         }
         let (node, stop) =
@@ -246,9 +247,10 @@ impl Station {
     }
 }
 
-/// How long to pause after `attempt` failed rounds: doubling, plus or minus a quarter by this node's own dice.
-pub(crate) fn pause(id: NodeId, attempt: u32) -> Duration {
-    let whole = PAUSE_FIRST.saturating_mul(1 << attempt.min(10)).min(PAUSE_MAX);
+/// How long to pause after `attempt` failed rounds: doubling up to `max`, plus or minus a quarter by this node's own
+/// dice.
+pub(crate) fn pause(id: NodeId, attempt: u32, max: Duration) -> Duration {
+    let whole = PAUSE_FIRST.saturating_mul(1 << attempt.min(10)).min(max);
     let dice = blake3::Hasher::new().update(&id.0).update(&attempt.to_le_bytes()).finalize();
     let part = f64::from(dice.as_bytes()[0]) / 255.0;
     whole.mul_f64(0.75 + part / 2.0)
@@ -262,15 +264,29 @@ struct Node {
     placing: Arc<Mutex<()>>,
 }
 
+/// How a connection, or the attempt at one, ended.
+enum End {
+    /// There was one, and the router had nothing against this node.
+    Served,
+    /// Nobody answered.
+    Unreachable,
+    /// The router does not want this node, or this node not that router.
+    Refused,
+}
+
 impl Node {
     async fn stay_connected(self: &Arc<Node>, stop: &Stop) -> Result<(), StationError> {
-        let mut attempt = 0;
+        let known = &self.config.membership.admission().addresses;
+        let routers = if self.config.routers.is_empty() { known } else { &self.config.routers };
+        let (mut attempt, mut refusals) = (0_u32, 0_u32);
         loop {
-            for address in &self.config.routers {
-                let session = self.try_router(*address, stop);
-                match session.await {
-                    Ok(true) => attempt = 0,
-                    Ok(false) => {}
+            let (mut served, mut refused) = (false, false);
+            for address in routers {
+                match self.try_router(*address, stop).await {
+                    Ok(End::Served) => served = true,
+                    Ok(End::Refused) => refused = true,
+                    Ok(End::Unreachable) => {}
+                    Err(error @ StationError::Revoked) => return Err(error),
                     Err(error) if attempt == 0 => return Err(error),
                     // The network may come back; the address was fine once or another one may be.
                     Err(error) => tracing::warn!(%address, %error, "no endpoint"),
@@ -279,71 +295,74 @@ impl Node {
                     return Ok(());
                 }
             }
-            if timeout(pause(self.config.identity.id(), attempt), stop.wait()).await.is_ok() {
+            attempt = if served { 0 } else { attempt.saturating_add(1) };
+            refusals = if refused { refusals.saturating_add(1) } else { 0 };
+            let (rounds, max) = if refused { (refusals, REFUSED_PAUSE_MAX) } else { (attempt, PAUSE_MAX) };
+            let pause = pause(self.config.membership.identity().id(), rounds.saturating_sub(1), max);
+            if timeout(pause, stop.wait()).await.is_ok() {
                 return Ok(());
             }
-            attempt = attempt.saturating_add(1);
         }
     }
 
-    /// One connection to this address, from dialing to its end. True where it got as far as being connected.
-    async fn try_router(self: &Arc<Node>, address: SocketAddr, stop: &Stop) -> Result<bool, StationError> {
-        let router = self.config.roster.router.key;
-        let endpoint = endpoint::dialer(&self.config.identity, router, address.is_ipv6())?;
+    /// One connection to this address, from dialing to its end.
+    async fn try_router(self: &Arc<Node>, address: SocketAddr, stop: &Stop) -> Result<End, StationError> {
+        let membership = &self.config.membership;
+        let router = membership.admission().router;
+        let endpoint = endpoint::dialer(membership.identity(), router, address.is_ipv6())?;
         let dialing = async {
             let connecting = endpoint.connect(address, SERVER_NAME).map_err(|error| error.to_string())?;
             connecting.await.map_err(|error| explain(&error))
         };
         let dialed = tokio::select! {
             dialed = timeout(DIAL_WITHIN, dialing) => dialed,
-            () = stop.wait() => return Ok(false),
+            () = stop.wait() => return Ok(End::Unreachable),
         };
         let connection = match dialed.unwrap_or_else(|_| Err("no answer within 3 s".to_owned())) {
             Ok(connection) => connection,
             Err(reason) => {
+                // Whatever it was, nobody has proven to be the router: it may yet be found here.
                 tracing::warn!(%address, reason, "the router cannot be reached");
-                return Ok(false);
+                return Ok(End::Unreachable);
             }
         };
         tracing::info!(%address, "connected to the router");
-        let (reason, said_goodbye) = self.session(&connection).await;
-        if said_goodbye {
-            tracing::info!(%address, reason, "the connection to the router ended");
-        } else {
-            tracing::warn!(%address, reason, "the connection to the router ended");
-        }
+        let since = Instant::now();
+        let reason = self.session(&connection).await;
+        let closed = connection.close_reason();
+        let reason = closed.as_ref().map_or(reason, explain);
+        let end = closed.as_ref().map_or(Ok(End::Served), judge);
         connection.close(Close::Goodbye.into(), b"");
         // Lets the close arrive; a router that is gone does not hold us up.
         drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
-        Ok(said_goodbye)
+        match end? {
+            End::Refused if since.elapsed() < SERVED_MIN => {
+                tracing::warn!(%address, reason, "refused; this node will try again, ever more rarely");
+                Ok(End::Refused)
+            }
+            _ => {
+                tracing::warn!(%address, reason, "the connection to the router ended");
+                Ok(End::Served)
+            }
+        }
     }
 
-    /// Serves one connection until it ends. Says why, and whether the router ever spoke or kept it for a while.
-    async fn session(self: &Arc<Node>, connection: &Connection) -> (String, bool) {
+    /// Serves one connection until it ends. Says why.
+    async fn session(self: &Arc<Node>, connection: &Connection) -> String {
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
         let (orders, placements) = mpsc::channel(PLACEMENTS_MAX);
         let (send, recv) = match connection.open_bi().await {
             Ok(control) => control,
-            Err(error) => return (explain(&error), false),
+            Err(error) => return explain(&error),
         };
-        let reason = tokio::select! {
+        tokio::select! {
             reason = self.speak(send, outgoing) => reason,
             reason = self.leave(outbox.clone()) => reason,
-            reason = self.listen(recv, orders) => reason,
+            reason = self.listen((connection, recv), orders, outbox.clone()) => reason,
             reason = self.place(placements, outbox.clone()) => reason,
             reason = self.report(outbox) => reason,
             reason = self.lanes(connection) => reason,
             () = self.stop.out_of_time(GOODBYE_WITHIN) => "the router does not read this node's goodbye".to_owned(),
-        };
-        match connection.close_reason() {
-            // A refusal of our key comes after the handshake, from our side of it: that is not being connected.
-            Some(error @ ConnectionError::ConnectionClosed(_)) => (explain(&error), false),
-            Some(error @ ConnectionError::ApplicationClosed(_)) => {
-                let unwanted = explain(&error);
-                (unwanted, !is_unwanted(&error))
-            }
-            Some(error) => (explain(&error), true),
-            None => (reason, true),
         }
     }
 
@@ -402,15 +421,35 @@ impl Node {
         std::future::pending().await
     }
 
-    /// Reads what the router says.
-    async fn listen(&self, mut recv: RecvStream, orders: mpsc::Sender<Placement>) -> String {
+    /// Reads what the router says: first the roster, then whatever it wants.
+    async fn listen(
+        &self,
+        (connection, mut recv): (&Connection, RecvStream),
+        orders: mpsc::Sender<Placement>,
+        outbox: mpsc::Sender<Message>,
+    ) -> String {
+        let mut allowed: &[Op] = &[Op::Roster, Op::Goodbye];
         loop {
-            let frame = match read_frame(&mut recv, &self.config.pool, &[Op::Placement, Op::Goodbye]).await {
+            let frame = match read_frame(&mut recv, &self.config.pool, allowed).await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return "the router closed the control stream".to_owned(),
                 Err(error) => return format!("the control stream broke: {error}"),
             };
             match Message::decode(&frame) {
+                Ok(Message::Roster(shown)) => {
+                    if let Err(distrust) = self.hear(shown).await {
+                        tracing::error!(address = %connection.remote_address(), %distrust, "this router is not trusted");
+                        let reason = distrust.to_string();
+                        connection.close(Close::Distrusted.into(), reason.as_bytes());
+                        return reason;
+                    }
+                    allowed = &[Op::Roster, Op::Placement, Op::Ping, Op::Goodbye];
+                }
+                Ok(Message::Ping(asked)) => {
+                    if outbox.try_send(Message::Pong(asked)).is_err() {
+                        return "the router asks faster than can be answered".to_owned();
+                    }
+                }
                 Ok(Message::Placement(placement)) => {
                     if orders.try_send(placement).is_err() {
                         return "the router sends placements faster than they can be loaded".to_owned();
@@ -423,6 +462,13 @@ impl Node {
                 Err(error) => return format!("a message of the router was refused: {error}"),
             }
         }
+    }
+
+    /// Checks and keeps a roster; saving is for a thread that may wait.
+    async fn hear(&self, shown: Vec<u8>) -> Result<(), Distrust> {
+        let membership = Arc::clone(&self.config.membership);
+        let heard = tokio::task::spawn_blocking(move || membership.hear(&shown));
+        heard.await.unwrap_or(Err(Distrust::Cut))
     }
 
     /// Carries out placements, one after the other.
@@ -568,18 +614,38 @@ impl Node {
 fn explain(error: &ConnectionError) -> String {
     match error {
         ConnectionError::TransportError(inner) if inner.reason.contains("certificate") => format!(
-            "{error}; the machine at this address is not the roster's router: check address and roster"
+            "{error}; the machine at this address is not this cluster's router: check the address, or join the new \
+             cluster with a token and another --state"
         ),
-        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & 0xff00 == 0x100 => format!(
-            "{error}; the router turned this machine's key or protocol version away: check that the router's roster has this key, and that both run the same version"
-        ),
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & 0xff00 == TLS_ALERTS => {
+            format!(
+                "{error}; the router does not take this machine's key or protocol version: check that both run the same \
+             version, and join again with a new token if the router's state was lost"
+            )
+        }
         ConnectionError::TimedOut => "no answer; is the router running, is UDP let through?".to_owned(),
         _ => error.to_string(),
     }
 }
 
-fn is_unwanted(error: &ConnectionError) -> bool {
-    let code = |close: Close| quinn::VarInt::from(close);
-    matches!(error, ConnectionError::ApplicationClosed(closed)
-        if [code(Close::Replaced), code(Close::Protocol), code(Close::Unwanted)].contains(&closed.error_code))
+/// What the end of a connection whose router has proven its key means. (Before that, anyone could have said it.)
+fn judge(error: &ConnectionError) -> Result<End, StationError> {
+    let is = |code, close: Close| code == quinn::VarInt::from(close);
+    match error {
+        ConnectionError::ConnectionClosed(close) => match u64::from(close.error_code) {
+            ALERT_REVOKED => Err(StationError::Revoked),
+            // A refusal of our key comes after the handshake, from our side of it.
+            _ => Ok(End::Refused),
+        },
+        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Revoked) => {
+            Err(StationError::Revoked)
+        }
+        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Goodbye) => {
+            Ok(End::Served)
+        }
+        ConnectionError::ApplicationClosed(_) => Ok(End::Refused),
+        // This node closed it, as it does not believe this router.
+        ConnectionError::LocallyClosed => Ok(End::Refused),
+        _ => Ok(End::Served),
+    }
 }

@@ -2,9 +2,13 @@
 
 mod calls;
 mod files;
+mod guard;
 mod harness;
 mod helm;
 mod hostile;
+mod join;
 mod leaving;
 mod probes;
+mod roster;
+mod state;
 mod trust;

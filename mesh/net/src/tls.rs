@@ -6,15 +6,24 @@
 //! and waves the signature through lets in everyone who has ever seen the certificate. Names, dates and chains in
 //! the certificate are ignored on purpose. Refuses TLS 1.2, other signature schemes, chains, session resumption
 //! (it would outlive a change of the roster) and early data.
+//!
+//! One port serves two protocols: the mesh, for members, and joining, for anyone who signs with the key it shows.
+//! Which of them a client may have is decided within the handshake: each connection has a set-up of its own, whose
+//! certificate resolver sees what the client offers and tells the verifier. Whoever offers the mesh is judged as a
+//! member, whatever else it offers. The price is a set-up per handshake, some kilobytes and microseconds.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mesh_wire::frame::ALPN;
 use mesh_wire::id::NodeId;
+use quinn::crypto::rustls::QuicServerConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
     ServerConfig, SignatureScheme,
@@ -22,6 +31,10 @@ use rustls::{
 use thiserror::Error as ThisError;
 
 use crate::identity::Identity;
+use crate::members::{Members, Standing};
+
+/// The protocol of joining, and its version.
+pub(crate) const JOIN_ALPN: &[u8] = b"moemesh-join/1";
 
 /// What dialers call the router in TLS. It is not checked, as keys are.
 pub(crate) const SERVER_NAME: &str = "moemesh";
@@ -48,16 +61,27 @@ pub fn key_of(certificate: &CertificateDer<'_>) -> Option<NodeId> {
     key.try_into().ok().map(NodeId)
 }
 
-/// Takes exactly these keys.
+/// Whom a handshake is for.
+#[derive(Debug)]
+enum Expected {
+    /// The router, for a node.
+    Router(NodeId),
+    /// A router that will prove itself by the cluster's signature, for a machine that joins.
+    Anyone,
+    /// Members, or anyone who offered nothing but to join: the flag says so.
+    Members(Arc<Members>, Arc<AtomicBool>),
+}
+
+/// Takes whom it expects, if they sign with the key they show.
 #[derive(Debug)]
 struct Pinned {
-    keys: Vec<NodeId>,
+    expected: Expected,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl Pinned {
-    fn new(keys: Vec<NodeId>, provider: &CryptoProvider) -> Pinned {
-        Pinned { keys, algorithms: provider.signature_verification_algorithms }
+    fn new(expected: Expected, provider: &CryptoProvider) -> Pinned {
+        Pinned { expected, algorithms: provider.signature_verification_algorithms }
     }
 
     fn check(&self, certificate: &CertificateDer<'_>, chain: &[CertificateDer<'_>]) -> Result<(), Error> {
@@ -65,11 +89,20 @@ impl Pinned {
         if !chain.is_empty() {
             return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
         }
-        if self.keys.contains(&key) {
-            return Ok(());
-        }
-        tracing::warn!(key = key.to_hex(), "a peer with a key that is not in the roster was turned away");
-        Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+        let standing = match &self.expected {
+            Expected::Router(router) if *router == key => Standing::Member,
+            Expected::Router(_) => Standing::Stranger,
+            Expected::Anyone => Standing::Member,
+            Expected::Members(_, joins) if joins.load(Ordering::Acquire) => Standing::Member,
+            Expected::Members(members, _) => members.standing(key),
+        };
+        let reason = match standing {
+            Standing::Member => return Ok(()),
+            Standing::Revoked => CertificateError::Revoked,
+            Standing::Stranger => CertificateError::ApplicationVerificationFailure,
+        };
+        tracing::warn!(key = key.to_hex(), ?standing, "a peer was turned away for its key");
+        Err(Error::InvalidCertificate(reason))
     }
 
     fn check_signature(
@@ -164,36 +197,100 @@ impl ClientCertVerifier for Pinned {
     }
 }
 
-/// TLS of the side that listens: takes these keys as peers.
-///
-/// # Errors
-/// `TlsError`, which would be a defect of this program.
-pub fn server(identity: &Identity, peers: Vec<NodeId>) -> Result<ServerConfig, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Pinned::new(peers, &provider));
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(vec![identity.certificate()], identity.private_key())?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    Ok(config)
+/// Shows this machine's key, and notes whether the client offers nothing but to join.
+#[derive(Debug)]
+struct Offer {
+    key: Arc<CertifiedKey>,
+    joins: Arc<AtomicBool>,
 }
 
-/// TLS of the side that dials: takes this key as the router.
-///
-/// # Errors
-/// `TlsError`, which would be a defect of this program.
-pub fn client(identity: &Identity, router: NodeId) -> Result<ClientConfig, TlsError> {
+impl ResolvesServerCert for Offer {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let offers =
+            |wanted: &[u8]| hello.alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted));
+        self.joins.store(offers(JOIN_ALPN) && !offers(ALPN), Ordering::Release);
+        Some(Arc::clone(&self.key))
+    }
+}
+
+/// TLS of the side that listens.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    key: Arc<CertifiedKey>,
+    members: Arc<Members>,
+}
+
+impl Gate {
+    /// Shows this key, and lets members in, and those who want to join.
+    ///
+    /// # Errors
+    /// `TlsError`, which would be a defect of this program.
+    pub fn new(identity: &Identity, members: Arc<Members>) -> Result<Gate, TlsError> {
+        let provider = rustls::crypto::ring::default_provider();
+        let signer = provider.key_provider.load_private_key(identity.private_key())?;
+        let key = Arc::new(CertifiedKey::new(vec![identity.certificate()], signer));
+        Ok(Gate { key, members })
+    }
+
+    /// The same with another certificate, or another key to sign with.
+    #[cfg(test)]
+    pub(crate) fn showing(self, key: CertifiedKey) -> Gate {
+        Gate { key: Arc::new(key), ..self }
+    }
+
+    /// What rustls needs for one connection.
+    ///
+    /// # Errors
+    /// `TlsError`, which would be a defect of this program.
+    pub(crate) fn server(&self) -> Result<ServerConfig, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let joins = Arc::new(AtomicBool::new(false));
+        let expected = Expected::Members(Arc::clone(&self.members), Arc::clone(&joins));
+        let verifier = Arc::new(Pinned::new(expected, &provider));
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(Offer { key: Arc::clone(&self.key), joins }));
+        config.alpn_protocols = vec![ALPN.to_vec(), JOIN_ALPN.to_vec()];
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    /// The same for QUIC.
+    ///
+    /// # Errors
+    /// `TlsError`, which would be a defect of this program.
+    pub(crate) fn session(&self) -> Result<QuicServerConfig, TlsError> {
+        Ok(QuicServerConfig::try_from(self.server()?)?)
+    }
+}
+
+fn client_expecting(identity: &Identity, expected: Expected, alpn: &[u8]) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Pinned::new(vec![router], &provider));
+    let verifier = Arc::new(Pinned::new(expected, &provider));
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_auth_cert(vec![identity.certificate()], identity.private_key())?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
+}
+
+/// TLS of a node: takes this key as the router.
+///
+/// # Errors
+/// `TlsError`, which would be a defect of this program.
+pub fn client(identity: &Identity, router: NodeId) -> Result<ClientConfig, TlsError> {
+    client_expecting(identity, Expected::Router(router), ALPN)
+}
+
+/// TLS of a machine that joins: takes any key, as the cluster's signature will tell whose it is.
+///
+/// # Errors
+/// `TlsError`, which would be a defect of this program.
+pub(crate) fn joiner(identity: &Identity) -> Result<ClientConfig, TlsError> {
+    client_expecting(identity, Expected::Anyone, JOIN_ALPN)
 }

@@ -91,7 +91,7 @@ pub enum Action {
 /// When the first plan is made, and who may take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Connected nodes that make it (at most the whole roster is waited for).
+    /// Connected nodes that make it; `usize::MAX`: all of the roster, as it is then.
     pub plan_at_nodes: usize,
     /// Time since the first event after which it is made for whoever is here, once somebody is.
     pub plan_after: Duration,
@@ -591,7 +591,10 @@ impl Cluster {
         if self.current.is_some() || self.plan_wanted {
             return self.plan_wanted;
         }
-        let enough = self.policy.plan_at_nodes.min(self.nodes.len());
+        let enough = match self.policy.plan_at_nodes {
+            usize::MAX => self.nodes.iter().filter(|node| !node.revoked).count(),
+            nodes => nodes,
+        };
         let waited = now.saturating_sub(self.started.unwrap_or(now));
         self.links().count() >= enough || waited >= self.policy.plan_after
     }

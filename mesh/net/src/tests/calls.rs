@@ -15,7 +15,6 @@ use super::harness::{
 use crate::endpoint::{Close, LaneReset};
 use crate::hub::{Hub, Lane};
 use crate::pending::CallError;
-use crate::station::StationError;
 
 /// Short enough to wait for, long enough to be sent first.
 const SHORT_US: u32 = 150_000;
@@ -335,21 +334,6 @@ fn a_node_comes_back_to_a_router_that_was_restarted() {
     let second = Hub::start(hub_config(&keys, address)).unwrap();
     assert!(second.wait_ready(1, LONG));
     call_and_check(&second, 1);
-}
-
-#[test]
-fn a_station_or_hub_with_the_wrong_key_does_not_start() {
-    let mut keys = keys(2);
-    let foreign = crate::identity::Identity::generate().unwrap();
-    keys.nodes[0] = foreign.clone();
-    let mut station = Running::start(&keys, 0, vec![listen_anywhere()]);
-    let error = station.join().unwrap_err();
-    assert!(matches!(&error, StationError::NotInRoster(key) if *key == foreign.id().to_hex()));
-    let mut station = Running::start(&keys, 1, vec![]);
-    assert!(matches!(station.join().unwrap_err(), StationError::NoAddress));
-    keys.router = foreign;
-    let error = Hub::start(hub_config(&keys, listen_anywhere())).unwrap_err();
-    assert!(error.to_string().contains("put this key into"), "{error}");
 }
 
 #[test]

@@ -1,150 +1,156 @@
-//! Key files and rosters: what is right is read back as written, everything else is refused with a remedy.
+//! Files of a state folder: what is right is read back as written, everything else is refused with a remedy.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mesh_wire::buffer::Pool;
 use mesh_wire::id::NodeId;
 use proptest::prelude::*;
 
-use crate::identity::{Identity, IdentityError};
-use crate::roster::{Machine, Roster, RosterError};
+use crate::disk::{DiskError, FILE_BYTES_MAX, Folder};
+use crate::identity::{self, Identity};
+use crate::keys::{KeyError, SigningKey, verify};
 use crate::tls::key_of;
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn a_state_folder_is_its_owners_and_one_process_has_it() {
+    let parent = tempfile::tempdir().unwrap();
+    let path = parent.path().join("a").join("b");
+    let folder = Folder::open(&path).unwrap();
+    assert_eq!(mode(&path), 0o700);
+    let error = Folder::open(&path).unwrap_err();
+    assert!(matches!(error, DiskError::InUse(_)) && error.to_string().contains("--state"), "{error}");
+    drop(folder);
+    drop(Folder::open(&path).unwrap());
+    for open in [0o777, 0o720, 0o702] {
+        set_mode(&path, open);
+        let error = Folder::open(&path).unwrap_err();
+        assert!(matches!(error, DiskError::Writable { mode, .. } if mode == open), "{error}");
+        assert!(error.to_string().contains("chmod 700"), "{error}");
+    }
+    // A file where a folder should be, as its parent or itself.
+    let file = parent.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    for path in [&file, &file.join("state")] {
+        let error = Folder::open(path).unwrap_err();
+        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+    }
+}
+
+#[test]
+fn a_file_is_written_whole_or_stays_as_it_was() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = Folder::open(parent.path()).unwrap();
+    assert!(folder.read("x").unwrap().is_none());
+    folder.write("x", b"one").unwrap();
+    assert_eq!(mode(&folder.file("x")), 0o600);
+    folder.write("x", b"two").unwrap();
+    assert_eq!(folder.read("x").unwrap().unwrap(), b"two");
+    // What an interrupted write leaves is no obstacle, whatever its mode.
+    std::fs::write(folder.file("x.new"), "half").unwrap();
+    folder.write("x", b"three").unwrap();
+    assert!(!folder.file("x.new").exists());
+    assert_eq!(mode(&folder.file("x")), 0o600);
+    // A disk that takes nothing: the old content stays, and the message names the file.
+    std::fs::create_dir(folder.file("x.new")).unwrap();
+    let error = folder.write("x", b"four").unwrap_err();
+    assert!(error.to_string().contains(&folder.file("x").display().to_string()), "{error}");
+    assert_eq!(folder.read("x").unwrap().unwrap(), b"three");
+    std::fs::write(folder.file("long"), vec![0; FILE_BYTES_MAX as usize + 1]).unwrap();
+    set_mode(&folder.file("long"), 0o600);
+    assert!(matches!(folder.read("long").unwrap_err(), DiskError::TooLong(_)));
+    std::fs::create_dir(folder.file("folder")).unwrap();
+    set_mode(&folder.file("folder"), 0o700);
+    assert!(matches!(folder.read("folder").unwrap_err(), DiskError::Io { .. }));
+}
 
 #[test]
 fn a_key_file_is_made_once_and_read_from_then_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("key");
-    let made = Identity::load_or_create(&path).unwrap();
-    let read = Identity::load_or_create(&path).unwrap();
+    let parent = tempfile::tempdir().unwrap();
+    let folder = Folder::open(parent.path()).unwrap();
+    let made = Identity::open(&folder).unwrap();
+    let read = Identity::open(&folder).unwrap();
     assert_eq!(made.id(), read.id());
     assert_eq!(made.reset_key(), read.reset_key());
     assert_eq!(key_of(&made.certificate()), Some(made.id()));
-    assert!(matches!(Identity::create(&path), Err(IdentityError::File { .. })), "a key was overwritten");
     let other = Identity::generate().unwrap();
     assert!(other.id() != made.id() && other.reset_key() != made.reset_key());
-    assert!(!format!("{made:?}").contains(&std::fs::read_to_string(&path).unwrap()[18..40]));
+    let text = std::fs::read_to_string(folder.file(identity::FILE)).unwrap();
+    assert!(!format!("{made:?}").contains(&text[18..40]));
 }
 
-#[cfg(unix)]
 #[test]
 fn a_key_file_others_can_read_is_refused() {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("key");
-    Identity::create(&path).unwrap();
-    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    for mode in [0o644, 0o640, 0o604, 0o660, 0o610] {
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
-        let error = Identity::load_or_create(&path).unwrap_err();
-        assert!(matches!(error, IdentityError::Exposed { mode: found, .. } if found == mode));
+    let parent = tempfile::tempdir().unwrap();
+    let folder = Folder::open(parent.path()).unwrap();
+    Identity::open(&folder).unwrap();
+    let path = folder.file(identity::FILE);
+    assert_eq!(mode(&path), 0o600);
+    for open in [0o644, 0o640, 0o604, 0o660, 0o610] {
+        set_mode(&path, open);
+        let error = Identity::open(&folder).unwrap_err();
+        assert!(matches!(error, KeyError::Disk(DiskError::Exposed { mode, .. }) if mode == open), "{error}");
         assert!(error.to_string().contains("chmod 600"), "{error}");
     }
 }
 
 #[test]
-fn key_files_with_other_content_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("key");
-    Identity::create(&path).unwrap();
-    let good = std::fs::read_to_string(&path).unwrap();
-    let bad: [&[u8]; 6] = [
+fn key_files_with_other_content_are_refused_and_never_replaced() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = Folder::open(parent.path()).unwrap();
+    Identity::open(&folder).unwrap();
+    let good = folder.read(identity::FILE).unwrap().unwrap();
+    let cluster = [b"moemesh-cluster-ed25519-1", &good[17..]].concat();
+    let bad: [&[u8]; 8] = [
         b"",
         b"moemesh-ed25519-1",
-        &good.as_bytes()[..80],
+        &good[..80],
         b"\xff\xfe",
-        &good.as_bytes()[18..],
+        &good[18..],
         &[b'x'; 4096],
+        &good.repeat(2),
+        // A cluster's key in the place of a machine's.
+        &cluster,
     ];
     for content in bad {
-        std::fs::write(&path, content).unwrap();
-        let error = Identity::load(&path).unwrap_err();
-        assert!(matches!(error, IdentityError::Content { .. }), "{error}");
+        folder.write(identity::FILE, content).unwrap();
+        let error = Identity::open(&folder).unwrap_err();
+        assert!(matches!(error, KeyError::Content(_)), "{error}");
+        assert_eq!(folder.read(identity::FILE).unwrap().unwrap(), content);
     }
-    std::fs::write(&path, good.repeat(2)).unwrap();
-    assert!(matches!(Identity::load(&path).unwrap_err(), IdentityError::Content { .. }));
-    assert!(matches!(
-        Identity::load(folder.path()).unwrap_err(),
-        IdentityError::File { .. } | IdentityError::Exposed { .. }
-    ));
 }
 
-/// The key of RFC 8032 section 7.1, test 1.
+/// The key of RFC 8032 section 7.1, test 1, and its signature of the empty message.
 #[test]
 fn keys_are_ed25519_as_the_rfc_has_it() {
     let seed = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
     let key = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
-    let identity = Identity::from_seed(NodeId::from_hex(seed).unwrap().0).unwrap();
-    assert_eq!(identity.id().to_hex(), key);
-}
-
-fn roster() -> Roster {
-    let machine = |name: &str, byte| Machine { name: name.into(), key: NodeId([byte; 32]) };
-    Roster {
-        cluster: "home".into(),
-        router: machine("attic", 1),
-        nodes: vec![machine("küche", 2), machine("pi-4.local", 3)],
-    }
-}
-
-#[test]
-fn a_roster_is_read_back_as_it_was_written() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("roster.toml");
-    roster().save(&path).unwrap();
-    assert_eq!(Roster::load(&path).unwrap(), roster());
-    assert_eq!(roster().node_index(NodeId([3; 32])), Some(1));
-    assert_eq!(roster().node_index(NodeId([1; 32])), None);
-}
-
-#[test]
-fn rosters_that_are_ambiguous_are_refused() {
-    let check = |change: fn(&mut Roster)| {
-        let mut roster = roster();
-        change(&mut roster);
-        roster.to_toml().unwrap_err()
-    };
-    let duplicate = check(|roster| roster.nodes[1].name = "attic".into());
-    assert!(matches!(duplicate, RosterError::DuplicateName(name) if name == "attic"));
-    let duplicate = check(|roster| roster.nodes[1].key = roster.router.key);
-    assert!(duplicate.to_string().contains("`attic` and `pi-4.local` have the same key"));
-    assert!(matches!(check(|roster| roster.nodes[0].name = "a b".into()), RosterError::Name(_)));
-    assert!(matches!(check(|roster| roster.cluster = String::new()), RosterError::Name(_)));
-    assert!(matches!(check(|roster| roster.router.name = "x".repeat(64)), RosterError::Name(_)));
-    let crowd = check(|roster| {
-        let machine = |at: u16| Machine { name: format!("n{at}"), key: NodeId([at as u8; 32]) };
-        roster.nodes = (0..257).map(machine).collect();
-    });
-    assert!(matches!(crowd, RosterError::TooMany(257)));
-}
-
-#[test]
-fn rosters_that_do_not_parse_say_where() {
-    let good = roster().to_toml().unwrap();
-    for (from, to, part) in [
-        ("0202", "02", "64 hexadecimal digits"),
-        ("0202", "zz02", "64 hexadecimal digits"),
-        ("cluster", "clutser", "clutser"),
-        ("[router]", "[ruter]", "ruter"),
-        ("[router]", "router = 1\n[other]", "router"),
-        ("name = \"pi-4.local\"", "", "name"),
-        ("[[nodes]]", "[[nodes]", "line"),
-    ] {
-        assert!(good.contains(from), "{good}");
-        let error = Roster::parse(&good.replacen(from, to, 1)).unwrap_err();
-        assert!(matches!(error, RosterError::Syntax(_)), "{error}");
-        assert!(error.to_string().contains(part), "{error}");
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let missing = Roster::load(&folder.path().join("none.toml")).unwrap_err();
-    assert!(missing.to_string().contains("none.toml"));
-    let long = folder.path().join("long.toml");
-    std::fs::write(&long, vec![b'#'; (1 << 20) + 1]).unwrap();
-    assert!(matches!(Roster::load(&long).unwrap_err(), RosterError::TooLong { .. }));
+    let seed = NodeId::from_hex(seed).unwrap().0;
+    assert_eq!(Identity::from_seed(seed).unwrap().id().to_hex(), key);
+    let signing = SigningKey::from_seed(seed).unwrap();
+    let signature = signing.sign(b"");
+    assert_eq!(
+        NodeId(signature[..32].try_into().unwrap()).to_hex(),
+        "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
+    );
+    assert!(verify(signing.public(), b"", &signature));
+    assert!(!verify(signing.public(), b"x", &signature) && !verify(NodeId([1; 32]), b"", &signature));
+    assert!(!verify(signing.public(), b"", &signature[..63]));
 }
 
 #[test]
 fn pauses_grow_to_their_limit_and_differ_between_nodes() {
-    let pause = crate::station::pause;
+    use crate::station::{PAUSE_MAX, REFUSED_PAUSE_MAX};
+    let pause = |id, attempt| crate::station::pause(id, attempt, PAUSE_MAX);
     let (one, other) = (NodeId([1; 32]), NodeId([2; 32]));
     for attempt in 0..40 {
         let length = pause(one, attempt);
@@ -153,6 +159,8 @@ fn pauses_grow_to_their_limit_and_differ_between_nodes() {
     }
     assert!((0..40).any(|attempt| pause(one, attempt) != pause(other, attempt)));
     assert!(pause(one, 39) >= Duration::from_millis(2250));
+    let refused = crate::station::pause(one, 39, REFUSED_PAUSE_MAX);
+    assert!((22..=38).contains(&refused.as_secs()), "{refused:?}");
 }
 
 #[test]
@@ -185,16 +193,10 @@ fn a_sink_knows_when_its_answer_is_wanted() {
 
 proptest! {
     #[test]
-    fn no_text_makes_the_roster_panic(text in "\\PC{0,200}") {
-        drop(Roster::parse(&text));
-    }
-
-    #[test]
     fn no_file_makes_the_identity_panic(content in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("key");
-        Identity::create(&path).unwrap();
-        std::fs::write(&path, content).unwrap();
-        prop_assert!(Identity::load(&path).is_err());
+        let parent = tempfile::tempdir().unwrap();
+        let folder = Folder::open(parent.path()).unwrap();
+        folder.write(identity::FILE, &content).unwrap();
+        prop_assert!(Identity::open(&folder).is_err());
     }
 }

@@ -12,17 +12,19 @@ use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::{Assignment, Call, CallDraft, CallHead, OutgoingCall};
 use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
 use mesh_wire::frame::{HEADER_BYTES, Header, Op};
+use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::{ReplyHead, Row, encode_sums};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use tokio::runtime::Runtime;
 
+use crate::authority::Authority;
 use crate::endpoint;
 use crate::hub::{Hub, HubConfig, Lane};
 use crate::identity::Identity;
+use crate::membership::{Admission, Membership};
 use crate::pending::PendingCall;
-use crate::roster::{Machine, Roster};
 use crate::station::{NodeService, ReplySink, Station, StationConfig, StationError, Stop};
 use crate::stream::{read_frame, write_frame};
 use crate::tls::SERVER_NAME;
@@ -39,22 +41,33 @@ pub(super) fn listen_anywhere() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
+/// A cluster in memory, and its nodes' keys.
 pub(super) struct Keys {
-    pub(super) router: Identity,
+    pub(super) authority: Arc<Authority>,
     pub(super) nodes: Vec<Identity>,
-    pub(super) roster: Roster,
 }
 
 pub(super) fn keys(nodes: usize) -> Keys {
-    let router = Identity::generate().unwrap();
+    let authority = Arc::new(Authority::in_memory().unwrap());
     let nodes: Vec<_> = (0..nodes).map(|_| Identity::generate().unwrap()).collect();
-    let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
-    let roster = Roster {
-        cluster: "test".into(),
-        router: machine("router".into(), &router),
-        nodes: nodes.iter().enumerate().map(|(at, node)| machine(format!("node-{at}"), node)).collect(),
-    };
-    Keys { router, nodes, roster }
+    for (at, node) in nodes.iter().enumerate() {
+        authority.admit(&format!("node-{at}"), node.id()).unwrap();
+    }
+    Keys { authority, nodes }
+}
+
+impl Keys {
+    /// What the router is known by.
+    pub(super) fn router(&self) -> NodeId {
+        self.authority.identity().id()
+    }
+
+    /// What joining would have told this machine.
+    pub(super) fn membership(&self, identity: &Identity) -> Arc<Membership> {
+        let (cluster, router) = (self.authority.cluster(), self.router());
+        let admission = Admission { cluster, router, name: "node".to_owned(), addresses: Vec::new() };
+        Arc::new(Membership::in_memory(identity.clone(), admission))
+    }
 }
 
 pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
@@ -68,11 +81,7 @@ pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
         ..ModelFacts::default()
     };
     // Raw nodes count streams; who tests probes asks for them.
-    HubConfig {
-        listen,
-        probe_links: false,
-        ..HubConfig::new(keys.router.clone(), keys.roster.clone(), facts)
-    }
+    HubConfig { listen, probe_links: false, ..HubConfig::new(Arc::clone(&keys.authority), facts) }
 }
 
 pub(super) fn hub(keys: &Keys) -> Hub {
@@ -109,6 +118,7 @@ pub(super) mod layer {
 /// Computes on its own thread, as a node does.
 pub(super) struct Service {
     work: Mutex<Sender<(Call, ReplySink)>>,
+    instance: u64,
     pub(super) calls: Arc<AtomicU64>,
 }
 
@@ -118,7 +128,9 @@ impl Service {
         let calls = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&calls);
         std::thread::spawn(move || compute(&inbox, &counter));
-        Arc::new(Service { work: Mutex::new(work), calls })
+        // Every service is a process of its own; 0 is the raw nodes'.
+        let instance = 1 + INSTANCES.fetch_add(1, Ordering::SeqCst);
+        Arc::new(Service { work: Mutex::new(work), instance, calls })
     }
 }
 
@@ -163,7 +175,7 @@ fn answer(call: &Call, sink: ReplySink) {
 
 impl NodeService for Service {
     fn hello(&self) -> Hello {
-        hello()
+        Hello { instance: self.instance, ..hello() }
     }
 
     fn place(&self, placement: Placement) -> Placed {
@@ -189,18 +201,23 @@ pub(super) struct Running {
 
 impl Running {
     pub(super) fn start(keys: &Keys, node: usize, routers: Vec<SocketAddr>) -> Running {
+        Running::of(keys.membership(&keys.nodes[node]), routers)
+    }
+
+    /// A station of any machine.
+    pub(super) fn of(membership: Arc<Membership>, routers: Vec<SocketAddr>) -> Running {
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
-        let config = StationConfig {
-            identity: keys.nodes[node].clone(),
-            roster: keys.roster.clone(),
-            routers,
-            pool: pool.clone(),
-        };
+        let config = StationConfig { membership, routers, pool: pool.clone() };
         let stop = Stop::new();
         let service = Service::start();
         let (for_thread, stop_there) = (Arc::clone(&service), stop.clone());
         let thread = std::thread::spawn(move || Station::run(config, for_thread, &stop_there));
         Running { stop, pool, service, thread: Some(thread) }
+    }
+
+    /// Whether it runs on, as a node should whose router may yet take it.
+    pub(super) fn goes_on(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     pub(super) fn join(&mut self) -> Result<(), StationError> {
@@ -225,6 +242,8 @@ pub(super) fn pair() -> (Hub, Running) {
     assert!(hub.wait_ready(1, LONG));
     (hub, station)
 }
+
+static INSTANCES: AtomicU64 = AtomicU64::new(0);
 
 static CALLS: AtomicU64 = AtomicU64::new(1);
 
@@ -270,7 +289,7 @@ impl RawNode {
     pub(super) fn connect(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
         let runtime = runtime();
         let (endpoint, connection, control) = runtime.block_on(async {
-            let endpoint = endpoint::dialer(&keys.nodes[node], keys.roster.router.key, false).unwrap();
+            let endpoint = endpoint::dialer(&keys.nodes[node], keys.router(), false).unwrap();
             let connection = endpoint.connect(router, SERVER_NAME).unwrap().await.unwrap();
             let control = connection.open_bi().await.unwrap();
             (endpoint, connection, control)
@@ -280,8 +299,13 @@ impl RawNode {
 
     /// Connects, introduces itself and holds what it is told to.
     pub(super) fn join(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
+        RawNode::join_as(keys, node, router, 0)
+    }
+
+    /// As the process of this number.
+    pub(super) fn join_as(keys: &Keys, node: usize, router: SocketAddr, instance: u64) -> RawNode {
         let mut raw = RawNode::connect(keys, node, router);
-        raw.say(&Message::Hello(hello()));
+        raw.say(&Message::Hello(Hello { instance, ..hello() }));
         let Message::Placement(placement) = raw.hear(Op::Placement) else { panic!("not a placement") };
         let placed = Placed { epoch: placement.epoch, weight_bytes: 1, refusal: String::new() };
         raw.say(&Message::Placed(placed));
@@ -293,9 +317,16 @@ impl RawNode {
         self.runtime.block_on(write_frame(&mut self.control.0, frame)).unwrap();
     }
 
+    /// The next message of this kind; rosters before it are passed over.
     pub(super) fn hear(&mut self, op: Op) -> Message {
-        let frame = self.runtime.block_on(read_frame(&mut self.control.1, &self.pool, &[op]));
-        Message::decode(&frame.unwrap().unwrap()).unwrap()
+        loop {
+            let allowed = [op, Op::Roster];
+            let reading = read_frame(&mut self.control.1, &self.pool, &allowed);
+            let frame = self.runtime.block_on(reading).unwrap().unwrap();
+            if frame.op() == op {
+                return Message::decode(&frame).unwrap();
+            }
+        }
     }
 
     /// The next lane the router opens, and the call on it.
