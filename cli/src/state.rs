@@ -13,6 +13,7 @@ pub(crate) fn folder(given: Option<PathBuf>, role: &str) -> anyhow::Result<PathB
     // As the XDG base directory specification has it: relative paths do not count.
     let base = from("XDG_DATA_HOME").filter(|path| path.is_absolute());
     let base = base.or_else(|| from("HOME").map(|home| home.join(".local/share")));
-    let base = base.context("neither HOME nor XDG_DATA_HOME is set; say where to keep the state with --state DIR")?;
+    let base =
+        base.context("neither HOME nor XDG_DATA_HOME is set; say where to keep the state with --state DIR")?;
     Ok(base.join("moemesh").join(role))
 }

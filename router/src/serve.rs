@@ -283,10 +283,7 @@ impl Drop for EndOnDrop {
 }
 
 /// Answers the operator, where there is a folder to do so in.
-fn serve_operator(
-    config: &RouterConfig,
-    hub: Option<&Arc<Hub>>,
-) -> Result<Option<EndOnDrop>, AdminError> {
+fn serve_operator(config: &RouterConfig, hub: Option<&Arc<Hub>>) -> Result<Option<EndOnDrop>, AdminError> {
     let folder = config.mesh.as_ref().and_then(|mesh| mesh.authority.folder());
     let (Some(folder), Some(hub)) = (folder, hub) else { return Ok(None) };
     let admin = Admin::bind(folder)?;

@@ -308,7 +308,8 @@ impl Cluster {
     /// A node with the state of this name, which nobody stops before it is dropped.
     pub(crate) fn start_another(&self, name: &str) -> impl Drop + use<> {
         let mut arguments = self.node_arguments[0].clone();
-        let state = arguments.iter_mut().find(|text| text.ends_with("/node-1")).expect("the first node's state");
+        let state =
+            arguments.iter_mut().find(|text| text.ends_with("/node-1")).expect("the first node's state");
         *state = self.state(name);
         Process::start(&arguments, self.directory.path().join(format!("{name}.log")))
     }

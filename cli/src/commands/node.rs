@@ -111,7 +111,8 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
 /// This machine's membership: as it is kept, or gained now.
 fn member(options: &Options) -> anyhow::Result<Membership> {
     let path = state::folder(options.state.clone(), "node")?;
-    let token = options.join.as_deref().map(|given| read_token(given, options.stop_with_parent)).transpose()?;
+    let token =
+        options.join.as_deref().map(|given| read_token(given, options.stop_with_parent)).transpose()?;
     match (Membership::open(&path)?, token) {
         (Opened::Member(membership), None) => Ok(membership),
         (Opened::Member(membership), Some(token)) if membership.is_of(&token) => {
@@ -145,10 +146,15 @@ fn read_token(given: &str, with_parent: bool) -> anyhow::Result<Token> {
     let mut text = String::new();
     match given.strip_prefix('@') {
         Some(path) => {
-            let file = std::fs::File::open(path).with_context(|| format!("open the token's file '{path}'"))?;
-            file.take(TEXT_BYTES_MAX as u64 + 1).read_to_string(&mut text).context("read the token's file")?;
+            let file =
+                std::fs::File::open(path).with_context(|| format!("open the token's file '{path}'"))?;
+            file.take(TEXT_BYTES_MAX as u64 + 1)
+                .read_to_string(&mut text)
+                .context("read the token's file")?;
         }
-        None if given == "-" && with_parent => bail!("standard input cannot be the token and the parent at once"),
+        None if given == "-" && with_parent => {
+            bail!("standard input cannot be the token and the parent at once")
+        }
         None if given == "-" => {
             let input = std::io::stdin().take(TEXT_BYTES_MAX as u64 + 1);
             { input }.read_to_string(&mut text).context("read the token from standard input")?;

@@ -4,11 +4,11 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use mesh_net::hub::{Hub, HubConfig, Lane};
-use mesh_net::pending::CallError;
 use mesh_net::authority::Authority;
+use mesh_net::hub::{Hub, HubConfig, Lane};
 use mesh_net::identity::Identity;
 use mesh_net::membership::Admission;
+use mesh_net::pending::CallError;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_wire::call::{Assignment as WireAssignment, CallDraft, CallHead};

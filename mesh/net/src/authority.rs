@@ -22,8 +22,8 @@ use thiserror::Error;
 use crate::disk::{DiskError, Folder};
 use crate::identity::{self, Identity};
 use crate::keys::{CLUSTER_FILE, KeyError, SigningKey, random};
-use crate::membership;
 use crate::members::{Members, Standing};
+use crate::membership;
 use crate::roster::{Machine, REVOKED_MAX, Role, Roster, RosterError, SignedRoster, check_name};
 use crate::tickets::{Now, Refused, Ticket, Tickets, TicketsError};
 use crate::token::{ADDRESSES_MAX, Token, TokenError};
@@ -53,7 +53,9 @@ pub enum AuthorityError {
     #[error(transparent)]
     Roster(#[from] RosterError),
     /// The roster's file is not usable.
-    #[error("{path}: {source}; restore the folder from a backup, or delete it and let every machine join again")]
+    #[error(
+        "{path}: {source}; restore the folder from a backup, or delete it and let every machine join again"
+    )]
     RosterFile {
         /// Which file.
         path: String,
@@ -158,7 +160,12 @@ impl Authority {
         };
         let term = term + 1;
         folder.write(TERM, format!("{term}\n").as_bytes())?;
-        Authority::new((identity, cluster), (term, is_new), State { roster: Arc::new(roster), tickets }, Some(folder))
+        Authority::new(
+            (identity, cluster),
+            (term, is_new),
+            State { roster: Arc::new(roster), tickets },
+            Some(folder),
+        )
     }
 
     /// A cluster that ends with the process: for measurements, and tests.
@@ -180,7 +187,16 @@ impl Authority {
         let members = Arc::new(Members::default());
         members.set(state.roster.roster());
         let incarnation = u64::from_le_bytes(random()?);
-        Ok(Authority { identity, cluster, term, incarnation, is_new, members, state: Mutex::new(state), folder })
+        Ok(Authority {
+            identity,
+            cluster,
+            term,
+            incarnation,
+            is_new,
+            members,
+            state: Mutex::new(state),
+            folder,
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -241,7 +257,8 @@ impl Authority {
         let now = Now::read();
         let token = Token::generate(self.cluster(), Role::Node, now.unix + ttl.as_secs(), addresses)?;
         let mut state = self.state();
-        let tickets = state.tickets.with(Ticket::new(&token, token.key()?.public(), now.monotonic + ttl), now)?;
+        let tickets =
+            state.tickets.with(Ticket::new(&token, token.key()?.public(), now.monotonic + ttl), now)?;
         self.save(TOKENS, tickets.to_text().as_bytes())?;
         state.tickets = tickets;
         Ok(token)
@@ -252,13 +269,21 @@ impl Authority {
     ///
     /// # Errors
     /// `Refused`; then nothing has changed.
-    pub fn redeem(&self, ticket: NodeId, role: u8, wanted: (&str, NodeId), now: Now) -> Result<Machine, Refused> {
+    pub fn redeem(
+        &self,
+        ticket: NodeId,
+        role: u8,
+        wanted: (&str, NodeId),
+        now: Now,
+    ) -> Result<Machine, Refused> {
         let (name, key) = wanted;
         let mut state = self.state();
         let known = state.roster.roster().nodes.iter().find(|machine| machine.key == key).cloned();
         match state.tickets.check(ticket, role, now) {
             // It is in, by this very token: it was only not told.
-            Err(Refused::Used) if state.tickets.used_by(ticket) == Some(key) => return known.ok_or(Refused::Used),
+            Err(Refused::Used) if state.tickets.used_by(ticket) == Some(key) => {
+                return known.ok_or(Refused::Used);
+            }
             checked => checked?,
         }
         if self.members.standing(key) == Standing::Revoked || key == self.identity.id() {
@@ -315,7 +340,12 @@ impl Authority {
         Ok(machine)
     }
 
-    fn with_node(&self, state: &State, name: &str, key: NodeId) -> Result<(SignedRoster, Machine), RosterError> {
+    fn with_node(
+        &self,
+        state: &State,
+        name: &str,
+        key: NodeId,
+    ) -> Result<(SignedRoster, Machine), RosterError> {
         check_name(name)?;
         let mut roster = state.roster.roster().clone();
         let machine = Machine::node(&free_name(&roster.nodes, name)?, key);
@@ -385,8 +415,10 @@ fn find(nodes: &[Machine], which: &str) -> Result<usize, AuthorityError> {
         return Ok(at);
     }
     let digits = which.to_ascii_lowercase();
-    let mut matching =
-        nodes.iter().enumerate().filter(|(_, node)| !digits.is_empty() && node.key.to_hex().starts_with(&digits));
+    let mut matching = nodes
+        .iter()
+        .enumerate()
+        .filter(|(_, node)| !digits.is_empty() && node.key.to_hex().starts_with(&digits));
     match (matching.next(), matching.next()) {
         (Some((at, _)), None) => Ok(at),
         (None, _) => Err(AuthorityError::NoSuchNode(which.to_owned())),

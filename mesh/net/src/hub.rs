@@ -44,8 +44,8 @@ use crate::membership;
 use crate::pending::{CallError, PendingCall, Slot};
 use crate::roster::{Machine, Roster};
 use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
-pub use crate::tally::NodeCounters;
 use crate::tally::Feed;
+pub use crate::tally::NodeCounters;
 
 /// How often the cluster's logic is told that time passed.
 const TICK: Duration = Duration::from_millis(100);
@@ -313,7 +313,8 @@ impl Hub {
     /// `NoSuchNode`.
     pub fn pardon(&self, name: &str) -> Result<(), AuthorityError> {
         let all = self.shared.seats.all();
-        let mut named = (0..).zip(all.iter()).filter(|(_, seat)| !seat.is_revoked() && seat.machine.name == name);
+        let mut named =
+            (0..).zip(all.iter()).filter(|(_, seat)| !seat.is_revoked() && seat.machine.name == name);
         let (node, _) = named.next().ok_or_else(|| AuthorityError::NoSuchNode(name.to_owned()))?;
         drop(self.commands.blocking_send(Command::Feed(Event::Pardon(node))));
         Ok(())
@@ -676,7 +677,10 @@ fn refuse_clone(shared: &Shared, seat: &Seat, old: &Link, link: &Link) {
     shared.clones.fetch_add(1, Ordering::Relaxed);
     let (here, there) = (old.connection.remote_address(), link.connection.remote_address());
     let remedy = "a copied key file or SD card? Delete the state folder on one of them and join it again";
-    link.close(Close::Cloned, &format!("this machine's key is in use by another machine at {here}: {remedy}"));
+    link.close(
+        Close::Cloned,
+        &format!("this machine's key is in use by another machine at {here}: {remedy}"),
+    );
     let note = format!("another machine at {there} uses this node's key: {remedy}");
     // Said once while the other one keeps trying.
     if seat.note().is_empty() {

@@ -82,7 +82,9 @@ impl SigningKey {
         let (first, seed, rest) = (words.next(), words.next(), words.next());
         // Seed and public key are written alike: 64 hexadecimal digits.
         match seed.and_then(NodeId::from_hex) {
-            Some(NodeId(seed)) if first == Some(tag) && rest.is_none() => SigningKey::from_seed(seed).map(Some),
+            Some(NodeId(seed)) if first == Some(tag) && rest.is_none() => {
+                SigningKey::from_seed(seed).map(Some)
+            }
             _ => Err(KeyError::Content(folder.file(name))),
         }
     }

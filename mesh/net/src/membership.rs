@@ -79,8 +79,10 @@ pub enum Distrust {
         seen: u64,
     },
     /// Another router of the same number of starts.
-    #[error("this is another router of term {0} than the one this node has met: two run with copies of one state \
-             folder; stop one of them")]
+    #[error(
+        "this is another router of term {0} than the one this node has met: two run with copies of one state \
+             folder; stop one of them"
+    )]
     Twin(u64),
     /// The message is too short.
     #[error("the router's roster message is cut")]
@@ -153,7 +155,11 @@ impl Membership {
     ///
     /// # Errors
     /// `Disk`.
-    pub fn enter(folder: Folder, identity: Identity, admission: Admission) -> Result<Membership, MembershipError> {
+    pub fn enter(
+        folder: Folder,
+        identity: Identity,
+        admission: Admission,
+    ) -> Result<Membership, MembershipError> {
         let seen = Seen::default();
         folder.write(FILE, to_text(&admission, &seen).as_bytes())?;
         Ok(Membership { identity, admission, seen: Mutex::new(seen), folder: Some(folder) })
@@ -260,8 +266,7 @@ fn parse(text: &str) -> Option<(Admission, Seen)> {
     let router = NodeId::from_hex(field("router")?)?;
     let name = field("name")?.to_owned();
     let addresses = field("addresses")?.split(',').filter(|address| !address.is_empty());
-    let addresses: Vec<SocketAddr> =
-        addresses.map(|address| address.parse().ok()).collect::<Option<_>>()?;
+    let addresses: Vec<SocketAddr> = addresses.map(|address| address.parse().ok()).collect::<Option<_>>()?;
     let (term, incarnation) = (field("term")?.parse().ok()?, field("incarnation")?.parse().ok()?);
     let roster = match field("roster")? {
         "" => None,

@@ -69,7 +69,9 @@ pub enum RosterError {
     #[error("a machine of the roster has the unknown role {0}; update this machine")]
     Role(u8),
     /// More nodes than a router serves.
-    #[error("{0} nodes; a cluster has at most {NODES_MAX}: revoke those that are gone (`moemesh nodes revoke`)")]
+    #[error(
+        "{0} nodes; a cluster has at most {NODES_MAX}: revoke those that are gone (`moemesh nodes revoke`)"
+    )]
     TooMany(usize),
 }
 

@@ -325,8 +325,7 @@ impl Node {
             }
             attempt = if served { 0 } else { attempt.saturating_add(1) };
             refusals = if refused { refusals.saturating_add(1) } else { 0 };
-            let (rounds, max) =
-                if refused { (refusals, REFUSED_PAUSE_MAX) } else { (attempt, PAUSE_MAX) };
+            let (rounds, max) = if refused { (refusals, REFUSED_PAUSE_MAX) } else { (attempt, PAUSE_MAX) };
             let pause = pause(self.config.membership.identity().id(), rounds.saturating_sub(1), max);
             if timeout(pause, stop.wait()).await.is_ok() {
                 return Ok(());
@@ -360,20 +359,22 @@ impl Node {
         let reason = self.session(&connection, stop).await;
         let closed = connection.close_reason();
         let reason = closed.as_ref().map_or(reason, explain);
-        let end = closed.as_ref().map_or(Ok(End::Served), judge);
-        connection.close(Close::Goodbye.into(), b"");
-        // Lets the close arrive; a router that is gone does not hold us up.
-        drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
-        match end? {
-            End::Refused if since.elapsed() < SERVED_MIN => {
+        let end = match closed.as_ref().map_or(Ok(End::Served), judge) {
+            Ok(End::Refused) if since.elapsed() < SERVED_MIN => {
                 tracing::warn!(%address, reason, "refused; this node will try again, ever more rarely");
                 Ok(End::Refused)
             }
-            _ => {
+            Ok(_) if stop.is_triggered() => Ok(End::Served),
+            Ok(_) => {
                 tracing::warn!(%address, reason, "the connection to the router ended");
                 Ok(End::Served)
             }
-        }
+            Err(error) => Err(error),
+        };
+        connection.close(Close::Goodbye.into(), b"");
+        // Lets the close arrive; a router that is gone does not hold us up.
+        drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
+        end
     }
 
     /// Serves one connection until it ends. Says why.
@@ -596,10 +597,12 @@ fn explain(error: &ConnectionError) -> String {
             "{error}; the machine at this address is not this cluster's router: check the address, or join the new \
              cluster with a token and another --state"
         ),
-        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & 0xff00 == TLS_ALERTS => format!(
-            "{error}; the router does not take this machine's key or protocol version: check that both run the same \
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) & 0xff00 == TLS_ALERTS => {
+            format!(
+                "{error}; the router does not take this machine's key or protocol version: check that both run the same \
              version, and join again with a new token if the router's state was lost"
-        ),
+            )
+        }
         ConnectionError::TimedOut => "no answer; is the router running, is UDP let through?".to_owned(),
         _ => error.to_string(),
     }
@@ -617,7 +620,9 @@ fn judge(error: &ConnectionError) -> Result<End, StationError> {
         ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Revoked) => {
             Err(StationError::Revoked)
         }
-        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Goodbye) => Ok(End::Served),
+        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Goodbye) => {
+            Ok(End::Served)
+        }
         ConnectionError::ApplicationClosed(_) => Ok(End::Refused),
         // This node closed it, as it does not believe this router.
         ConnectionError::LocallyClosed => Ok(End::Refused),

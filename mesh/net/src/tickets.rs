@@ -25,7 +25,9 @@ const TAG: &str = "moemesh-tokens-1";
 #[repr(u8)]
 pub enum Refused {
     /// Nobody here has issued this token.
-    #[error("this router knows no such token: it is another cluster's, or too old; make one with `moemesh token`")]
+    #[error(
+        "this router knows no such token: it is another cluster's, or too old; make one with `moemesh token`"
+    )]
     Unknown = 1,
     /// Another machine was faster.
     #[error("this token was used already; each is good for one machine, make another with `moemesh token`")]
@@ -43,10 +45,14 @@ pub enum Refused {
     #[error("the cluster is full; revoke machines that are gone with `moemesh nodes revoke NAME`")]
     Full = 6,
     /// This key was shut out.
-    #[error("this machine's key was revoked; delete its state folder, so that it gets a new key, and join again")]
+    #[error(
+        "this machine's key was revoked; delete its state folder, so that it gets a new key, and join again"
+    )]
     Revoked = 7,
     /// What it wants to be called is no name.
-    #[error("that is no name for a machine: 1 to 63 letters, digits, `-`, `_` or `.`; choose one with --name")]
+    #[error(
+        "that is no name for a machine: 1 to 63 letters, digits, `-`, `_` or `.`; choose one with --name"
+    )]
     Name = 8,
     /// The router cannot save what it must.
     #[error("the router could not save the change; its log says why")]

@@ -206,7 +206,8 @@ struct Offer {
 
 impl ResolvesServerCert for Offer {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let offers = |wanted: &[u8]| hello.alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted));
+        let offers =
+            |wanted: &[u8]| hello.alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted));
         self.joins.store(offers(JOIN_ALPN) && !offers(ALPN), Ordering::Release);
         Some(Arc::clone(&self.key))
     }

@@ -98,10 +98,7 @@ fn a_key_file_others_can_read_is_refused() {
     for open in [0o644, 0o640, 0o604, 0o660, 0o610] {
         set_mode(&path, open);
         let error = Identity::open(&folder).unwrap_err();
-        assert!(
-            matches!(error, KeyError::Disk(DiskError::Exposed { mode, .. }) if mode == open),
-            "{error}"
-        );
+        assert!(matches!(error, KeyError::Disk(DiskError::Exposed { mode, .. }) if mode == open), "{error}");
         assert!(error.to_string().contains("chmod 600"), "{error}");
     }
 }
@@ -141,7 +138,10 @@ fn keys_are_ed25519_as_the_rfc_has_it() {
     assert_eq!(Identity::from_seed(seed).unwrap().id().to_hex(), key);
     let signing = SigningKey::from_seed(seed).unwrap();
     let signature = signing.sign(b"");
-    assert_eq!(NodeId(signature[..32].try_into().unwrap()).to_hex(), "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155");
+    assert_eq!(
+        NodeId(signature[..32].try_into().unwrap()).to_hex(),
+        "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
+    );
     assert!(verify(signing.public(), b"", &signature));
     assert!(!verify(signing.public(), b"x", &signature) && !verify(NodeId([1; 32]), b"", &signature));
     assert!(!verify(signing.public(), b"", &signature[..63]));

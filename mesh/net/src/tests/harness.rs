@@ -206,11 +206,7 @@ impl Running {
     /// A station of any machine.
     pub(super) fn of(membership: Arc<Membership>, routers: Vec<SocketAddr>) -> Running {
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
-        let config = StationConfig {
-            membership,
-            routers,
-            pool: pool.clone(),
-        };
+        let config = StationConfig { membership, routers, pool: pool.clone() };
         let stop = Stop::new();
         let service = Service::start();
         let (for_thread, stop_there) = (Arc::clone(&service), stop.clone());

@@ -74,7 +74,9 @@ fn another_clusters_roster_is_refused_also_with_this_clusters_name_on_it() {
     let stranger = SigningKey::from_seed([9; 32]).unwrap();
     let theirs = Roster { cluster: stranger.public(), ..roster() };
     let signed = SignedRoster::sign(theirs, &stranger).unwrap();
-    assert!(matches!(parse(signed.bytes()), Err(RosterError::Cluster { found, .. }) if found == stranger.public()));
+    assert!(
+        matches!(parse(signed.bytes()), Err(RosterError::Cluster { found, .. }) if found == stranger.public())
+    );
     assert!(matches!(SignedRoster::sign(roster(), &stranger), Err(RosterError::Cluster { .. })));
     let forged = [&message()[..], &stranger.sign(&message())].concat();
     assert_eq!(parse(&forged), Err(RosterError::Signature));
@@ -120,7 +122,8 @@ fn rosters_that_are_ambiguous_are_neither_signed_nor_believed() {
 #[test]
 fn a_roster_has_room_for_every_machine_and_no_more() {
     let machine = |at: usize, byte: u8| {
-        let key = NodeId(std::array::from_fn(|place| if place < 2 { (at >> (8 * place)) as u8 } else { byte }));
+        let key =
+            NodeId(std::array::from_fn(|place| if place < 2 { (at >> (8 * place)) as u8 } else { byte }));
         Machine::node(&format!("{at:063}"), key)
     };
     let mut full = roster();
@@ -180,7 +183,10 @@ fn a_damaged_token_is_told_from_one_that_is_none() {
     assert_eq!("moemesh23.abc".parse::<Token>(), Err(TokenError::Version("23".into())));
     for error in [TokenError::Damaged, TokenError::NotAToken, TokenError::Version("2".into())] {
         let text = error.to_string();
-        assert!(text.contains("again") || text.contains("moemesh token") || text.contains("update"), "{text}");
+        assert!(
+            text.contains("again") || text.contains("moemesh token") || text.contains("update"),
+            "{text}"
+        );
     }
     let many = vec!["[fd00::1]:8621".parse().unwrap(); ADDRESSES_MAX];
     let longest = Token::generate(cluster().public(), Role::Node, u64::MAX, many).unwrap().to_string();

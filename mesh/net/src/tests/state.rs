@@ -313,7 +313,9 @@ fn reopen(path: &std::path::Path) -> Membership {
 fn a_node_believes_the_newest_roster_and_the_first_router_of_the_highest_term() {
     let folder = tempfile::tempdir().unwrap();
     let signer = Signer(SigningKey::generate().unwrap());
-    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else { panic!("empty") };
+    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else {
+        panic!("empty")
+    };
     let id = identity.id();
     let mut node = Membership::enter(locked, identity, signer.admission()).unwrap();
     assert_eq!(node.epoch(), 0);
@@ -349,7 +351,9 @@ fn a_node_believes_the_newest_roster_and_the_first_router_of_the_highest_term() 
 fn what_a_node_cannot_save_it_does_not_believe() {
     let folder = tempfile::tempdir().unwrap();
     let signer = Signer(SigningKey::generate().unwrap());
-    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else { panic!("empty") };
+    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else {
+        panic!("empty")
+    };
     let node = Membership::enter(locked, identity, signer.admission()).unwrap();
     node.hear(&signer.shown((1, 1), 1, &[])).unwrap();
     std::fs::create_dir(folder.path().join("membership.new")).unwrap();
@@ -366,7 +370,9 @@ fn what_a_node_cannot_save_it_does_not_believe() {
 fn a_membership_file_with_other_content_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let signer = Signer(SigningKey::generate().unwrap());
-    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else { panic!("empty") };
+    let Opened::Stranger(locked, identity) = Membership::open(folder.path()).unwrap() else {
+        panic!("empty")
+    };
     drop(Membership::enter(locked, identity, signer.admission()).unwrap());
     let good = std::fs::read_to_string(folder.path().join("membership")).unwrap();
     let spoil = |from: &str, to: &str| {
@@ -387,7 +393,10 @@ fn a_membership_file_with_other_content_is_refused() {
     ] {
         Folder::open(folder.path()).unwrap().write("membership", bad.as_bytes()).unwrap();
         let error = Membership::open(folder.path()).unwrap_err();
-        assert!(matches!(&error, MembershipError::Content(path) if path.contains("membership")), "{bad}: {error}");
+        assert!(
+            matches!(&error, MembershipError::Content(path) if path.contains("membership")),
+            "{bad}: {error}"
+        );
     }
     Folder::open(folder.path()).unwrap().write("membership", good.as_bytes()).unwrap();
     assert_eq!(reopen(folder.path()).admission(), &signer.admission());

@@ -248,9 +248,8 @@ fn a_router_that_died_and_was_restarted_tells_its_old_peers_at_once() {
     let (first, second) = (runtime(), runtime());
     let listen = |runtime: &tokio::runtime::Runtime, address| {
         let authority = &keys.authority;
-        runtime.block_on(async {
-            Listener::bind(authority.identity(), authority.members(), address).unwrap()
-        })
+        runtime
+            .block_on(async { Listener::bind(authority.identity(), authority.members(), address).unwrap() })
     };
     let listener = listen(&first, listen_anywhere());
     let address = listener.endpoint.local_addr().unwrap();
