@@ -125,7 +125,7 @@ pub struct NodeStatus {
 impl NodeStatus {
     /// Whether it is connected.
     pub fn is_connected(&self) -> bool {
-        self.cluster.state != NodeState::Absent
+        self.address.is_some()
     }
 }
 
@@ -262,8 +262,8 @@ impl Hub {
     /// False where that is not so within `timeout`.
     pub fn wait_ready(&self, nodes: usize, timeout: Duration) -> bool {
         self.wait_until(timeout, |cluster| {
-            let present = |status: &cluster::NodeStatus| status.state != NodeState::Absent;
-            cluster.settled() && cluster.statuses().iter().filter(|status| present(status)).count() >= nodes
+            let present = cluster.statuses().iter().filter(|status| status.state.is_here()).count();
+            cluster.settled() && present >= nodes
         })
     }
 
