@@ -599,7 +599,6 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
             return;
         }
     };
-    drop(greeting);
     let hello = introduction.hello.clone();
     let feed: Arc<dyn Feed> = Arc::clone(&shared) as Arc<dyn Feed>;
     let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
@@ -607,6 +606,7 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
     if !take_seat(&shared, &seat, &link).await {
         return;
     }
+    drop(greeting);
     shared.connections.fetch_add(1, Ordering::Relaxed);
     seat.tally.update(|counters| counters.connections += 1);
     tracing::info!(node = seat.machine.name, %address, "a node joined");
