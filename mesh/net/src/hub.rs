@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mesh_proto::cluster::{self, Action, Cluster, Event, NodeState, Policy};
+use mesh_proto::cluster::{self, Action, Cluster, Event, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};

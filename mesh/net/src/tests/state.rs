@@ -318,7 +318,7 @@ impl Signer {
 
 fn reopen(path: &std::path::Path) -> Membership {
     match Membership::open(path).unwrap() {
-        Opened::Member(membership) => membership,
+        Opened::Member(membership) => *membership,
         Opened::Stranger(..) => panic!("the membership is lost"),
     }
 }
