@@ -439,7 +439,7 @@ impl CallLink {
             ..ModelFacts::default()
         };
         let defaults = HubConfig::new(Arc::clone(&keys.authority), facts);
-        let hub = Hub::start(HubConfig { listen: loopback(), spin, ..defaults })?;
+        let hub = Hub::start(HubConfig { listen: loopback(), spin, probe_links: false, ..defaults })?;
         let config = StationConfig {
             membership: keys.membership(),
             routers: vec![hub.local_addr()],

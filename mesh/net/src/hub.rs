@@ -72,6 +72,8 @@ pub struct HubConfig {
     pub spin: Duration,
     /// Bytes of frames that may be under way.
     pub pool_bytes_max: usize,
+    /// Whether the links to the nodes are measured, when they join and every minute.
+    pub probe_links: bool,
 }
 
 impl HubConfig {
@@ -90,6 +92,7 @@ impl HubConfig {
             policy: Policy::default(),
             spin: Duration::ZERO,
             pool_bytes_max: HubConfig::POOL_BYTES_MAX,
+            probe_links: true,
         }
     }
 }
@@ -165,6 +168,7 @@ struct Shared {
     connections: AtomicU64,
     handshakes_failed: AtomicU64,
     deferred: AtomicU64,
+    probe_links: bool,
     joined: AtomicU64,
     clones: AtomicU64,
     /// Goodbye was said: nodes that leave from now on do what they were told.
@@ -387,6 +391,7 @@ impl Shared {
             connections: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             deferred: AtomicU64::new(0),
+            probe_links: config.probe_links,
             joined: AtomicU64::new(0),
             clones: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -602,7 +607,8 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
     let hello = introduction.hello.clone();
     let feed: Arc<dyn Feed> = Arc::clone(&shared) as Arc<dyn Feed>;
     let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
-    let (session, link) = Session::new(connection, introduction, node, tools);
+    let (mut session, link) = Session::new(connection, introduction, node, tools);
+    session.probes = shared.probe_links;
     if !take_seat(&shared, &seat, &link).await {
         return;
     }

@@ -19,7 +19,11 @@ mod link;
 
 mod lane;
 
+mod probe;
+
 pub mod station;
+
+pub mod drain;
 
 pub mod pending;
 

@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::endpoint::Close;
 use crate::lane::{Lane, Queue, Worker};
+use crate::probe::Prober;
 use crate::stream::{read_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
@@ -102,6 +103,8 @@ pub(crate) struct Session {
     pub(crate) pool: Pool,
     pub(crate) tally: Arc<Tally>,
     pub(crate) feed: Arc<dyn Feed>,
+    /// Whether the link is measured (`probe`).
+    pub(crate) probes: bool,
     control: (SendStream, RecvStream),
     outbox: mpsc::Receiver<Outgoing>,
 }
@@ -143,7 +146,8 @@ impl Session {
             queues: Default::default(),
             outbox,
         });
-        (Session { node, pool, tally, feed, control: introduction.control, outbox: outgoing }, link)
+        let control = introduction.control;
+        (Session { node, pool, tally, feed, probes: true, control, outbox: outgoing }, link)
     }
 
     /// Runs until the connection ends; says why.
@@ -153,6 +157,9 @@ impl Session {
             for _ in 0..lane.streams() {
                 lanes.spawn(self.worker(&link, lane).run());
             }
+        }
+        if self.probes {
+            lanes.spawn(self.prober(&link).run());
         }
         let (mut send, mut recv) = self.control;
         let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
@@ -168,6 +175,16 @@ impl Session {
         reason
     }
 
+    fn prober(&self, link: &Link) -> Prober {
+        Prober {
+            node: self.node,
+            connection: link.connection.clone(),
+            tally: Arc::clone(&self.tally),
+            pool: self.pool.clone(),
+            feed: Arc::clone(&self.feed),
+        }
+    }
+
     fn worker(&self, link: &Link, lane: Lane) -> Worker {
         Worker {
             node: self.node,
@@ -181,6 +198,9 @@ impl Session {
     }
 }
 
+/// What a node may say on its control stream after its hello.
+const HEARD: [Op; 5] = [Op::Placed, Op::Health, Op::Pong, Op::Leaving, Op::Goodbye];
+
 /// Reads what the node says until there is no more.
 async fn listen(
     node: NodeIndex,
@@ -189,8 +209,9 @@ async fn listen(
     feed: &dyn Feed,
 ) -> String {
     let mut last_health: Option<Instant> = None;
+    let mut leaving = false;
     loop {
-        let frame = match read_frame(recv, pool, &[Op::Placed, Op::Health, Op::Pong, Op::Goodbye]).await {
+        let frame = match read_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return "it closed its control stream".to_owned(),
             Err(error) => return format!("its control stream broke: {error}"),
@@ -201,6 +222,13 @@ async fn listen(
                 if last_health.is_none_or(|last| last.elapsed() >= HEALTH_EVERY_MIN) {
                     last_health = Some(Instant::now());
                     feed.feed(Event::Health(node, health));
+                }
+            }
+            // Once: saying it again changes nothing.
+            Ok(Message::Leaving) => {
+                if !std::mem::replace(&mut leaving, true) {
+                    tracing::info!(node, "a node is leaving");
+                    feed.feed(Event::Leaving(node));
                 }
             }
             // A number that was not asked for wakes nobody.

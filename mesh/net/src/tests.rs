@@ -7,6 +7,8 @@ mod harness;
 mod helm;
 mod hostile;
 mod join;
+mod leaving;
+mod probes;
 mod roster;
 mod state;
 mod trust;

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
+use crate::claims::{Claims, bounded};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Speed, Trust};
 use crate::placement::{Capacity, Plan, plan};
@@ -488,6 +489,7 @@ impl Cluster {
             actions.push(Action::Disconnect(node, reason));
             return;
         }
+        let (hello, claims) = bounded(hello);
         let capacity = self.capacity(node, &hello);
         let mut link = Link {
             speed: Speed {
@@ -523,6 +525,11 @@ impl Cluster {
             (Some(_), _) => self.plan_wanted = true,
         }
         self.nodes[usize::from(node)].link = Some(link);
+        match claims {
+            Claims::Sound => {}
+            Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
+            Claims::Cut(note) => self.report(node, note, actions),
+        }
     }
 
     fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {

@@ -8,6 +8,8 @@
 
 pub mod cluster;
 
+pub mod claims;
+
 pub mod placement;
 
 pub mod health;

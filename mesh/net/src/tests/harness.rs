@@ -80,7 +80,8 @@ pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
         blocks: 1,
         ..ModelFacts::default()
     };
-    HubConfig { listen, ..HubConfig::new(Arc::clone(&keys.authority), facts) }
+    // Raw nodes count streams; who tests probes asks for them.
+    HubConfig { listen, probe_links: false, ..HubConfig::new(Arc::clone(&keys.authority), facts) }
 }
 
 pub(super) fn hub(keys: &Keys) -> Hub {
