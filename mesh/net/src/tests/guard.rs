@@ -27,7 +27,8 @@ use crate::station::StationError;
 use crate::tls::SERVER_NAME;
 
 fn closed_with(raw: &RawNode, close: Close) -> String {
-    let closed = raw.runtime.block_on(raw.connection.closed());
+    let closing = async { tokio::time::timeout(LONG, raw.connection.closed()).await };
+    let closed = raw.runtime.block_on(closing).expect("it is closed");
     match &closed {
         ConnectionError::ApplicationClosed(frame) if frame.error_code == close.into() => {
             String::from_utf8_lossy(&frame.reason).into_owned()
