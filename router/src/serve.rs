@@ -364,7 +364,7 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
     let waiting = tokio::task::spawn_blocking(move || {
         let started = Instant::now();
         let came = hub.wait_until(wait, |cluster| {
-            cluster.statuses().iter().filter(|status| status.state != NodeState::Absent).count() >= wanted
+            cluster.statuses().iter().filter(|status| status.state.is_here()).count() >= wanted
         });
         if !came {
             tracing::warn!("not all of {wanted} nodes came within {} s; going on", wait.as_secs());
@@ -372,7 +372,7 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
         }
         hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| {
             // With nobody here there is nothing to wait for: whoever comes later is planned for then.
-            cluster.settled() || cluster.statuses().iter().all(|status| status.state == NodeState::Absent)
+            cluster.settled() || cluster.statuses().iter().all(|status| !status.state.is_here())
         });
         tracing::info!("nodes are ready after {:.1} s", started.elapsed().as_secs_f64());
         hub.nodes().iter().filter(|node| node.cluster.state == NodeState::Serving).count()

@@ -33,8 +33,7 @@ fn a_revoked_node_ends_and_the_story_goes_on() {
     assert_eq!(state_of(&cluster, "node-2")["state"], "revoked");
     // Neither with what it had, nor with another token for the same key.
     let state = cluster.state("node-2");
-    let again = ["node", "--state", &state, "--stop-with-parent"];
-    moemesh_reading(&again, "").refused(&["this machine was revoked"]);
+    moemesh(&["node", "--state", &state]).refused(&["this machine was revoked"]);
     fs::remove_file(Path::new(&state).join("membership")).expect("leave the cluster");
     let token = cluster.token();
     moemesh(&["node", "--state", &state, "--join", &token])
@@ -71,7 +70,8 @@ fn a_second_machine_with_a_copied_key_is_refused_and_named_while_the_first_serve
         (&json!(1), &json!("serving"))
     );
     cluster.api.story(40, |_| ()).assert_equals(&expected);
-    assert!(cluster.logs().contains("this machine's key is in use by another machine at 127.0.0.1"));
+    let told = "this machine's key is in use by another machine at 127.0.0.1";
+    cluster.until("the copy is told", |_| cluster.logs().contains(told));
     // And the same folder twice is noticed on the spot.
     moemesh_reading(&["node", "--state", &state, "--stop-with-parent"], "").refused(&["in use", "--state"]);
 }
@@ -155,6 +155,7 @@ fn a_cluster_survives_its_router_and_its_folders_are_guarded() {
         assert_eq!(refused.code, Some(1));
         refused.refused(&["no router runs with the state in", &router, "moemesh router --state"]);
     }
+    moemesh(&["node", "--state", &router]).refused(&["state of a router"]);
     let key = Path::new(&router).join("cluster.key");
     fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("open the key to all");
     start(&router).refused(&["cluster.key", "644", "chmod 600"]);
@@ -169,5 +170,4 @@ fn a_cluster_survives_its_router_and_its_folders_are_guarded() {
     fs::create_dir(&open).expect("make a folder");
     fs::set_permissions(&open, Permissions::from_mode(0o777)).expect("open it");
     start(&open).refused(&[&open, "chmod 700"]);
-    moemesh(&["node", "--state", &router]).refused(&["state of a router"]);
 }

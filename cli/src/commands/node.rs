@@ -145,11 +145,11 @@ fn member(options: &Options) -> anyhow::Result<Membership> {
     let token =
         options.join.as_deref().map(|given| read_token(given, options.stop_with_parent)).transpose()?;
     match (Membership::open(&path)?, token) {
-        (Opened::Member(membership), None) => Ok(membership),
+        (Opened::Member(membership), None) => Ok(*membership),
         (Opened::Member(membership), Some(token)) if membership.is_of(&token) => {
             let name = &membership.admission().name;
             eprintln!("this machine is in that cluster already, as {name}; the token was not needed");
-            Ok(membership)
+            Ok(*membership)
         }
         (Opened::Member(_), Some(_)) => bail!(
             "this machine is in another cluster (state {}); give it another --state to join this one as well, or \

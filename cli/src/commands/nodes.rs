@@ -77,6 +77,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         output::json(&nodes)?;
     } else {
         println!("{}", table(&nodes));
+        for node in nodes["nodes"].as_array().into_iter().flatten() {
+            if let (Some(name), Some(note)) =
+                (node["name"].as_str(), node["note"].as_str().filter(|n| !n.is_empty()))
+            {
+                println!("{name}: {note}");
+            }
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

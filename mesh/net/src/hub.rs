@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mesh_proto::cluster::{self, Action, Cluster, Event, NodeState, Policy};
+use mesh_proto::cluster::{self, Action, Cluster, Event, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
@@ -128,7 +128,7 @@ pub struct NodeStatus {
 impl NodeStatus {
     /// Whether it is connected.
     pub fn is_connected(&self) -> bool {
-        self.cluster.state != NodeState::Absent
+        self.address.is_some()
     }
 }
 
@@ -266,8 +266,8 @@ impl Hub {
     /// False where that is not so within `timeout`.
     pub fn wait_ready(&self, nodes: usize, timeout: Duration) -> bool {
         self.wait_until(timeout, |cluster| {
-            let present = |status: &cluster::NodeStatus| status.state != NodeState::Absent;
-            cluster.settled() && cluster.statuses().iter().filter(|status| present(status)).count() >= nodes
+            let present = cluster.statuses().iter().filter(|status| status.state.is_here()).count();
+            cluster.settled() && present >= nodes
         })
     }
 
@@ -604,7 +604,6 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
             return;
         }
     };
-    drop(greeting);
     let hello = introduction.hello.clone();
     let feed: Arc<dyn Feed> = Arc::clone(&shared) as Arc<dyn Feed>;
     let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
@@ -613,6 +612,7 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
     if !take_seat(&shared, &seat, &link).await {
         return;
     }
+    drop(greeting);
     shared.connections.fetch_add(1, Ordering::Relaxed);
     seat.tally.update(|counters| counters.connections += 1);
     tracing::info!(node = seat.machine.name, %address, "a node joined");

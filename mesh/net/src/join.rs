@@ -48,8 +48,11 @@ const JOINS_BURST: f64 = 20.0;
 /// Time to reach one address.
 const DIAL_WITHIN: Duration = Duration::from_secs(3);
 
-/// How long a machine goes on trying where the router is busy or does not answer.
+/// How long a machine goes on trying where the router is busy.
 const TRY_FOR: Duration = Duration::from_secs(20);
+
+/// Rounds through all addresses after which a router that is not busy counts as not there.
+const SILENT_ROUNDS_MAX: u32 = 3;
 
 /// First pause between such attempts, and the longest one; each doubled and drawn anew between half and whole.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
@@ -250,6 +253,8 @@ fn read_answer(bytes: &[u8]) -> Result<String, Refused> {
 
 /// How an attempt to join ended without success.
 enum Failure {
+    /// The router has no place right now.
+    Busy(String),
     /// Another attempt may do better.
     Again(String),
     /// It will not.
@@ -259,6 +264,19 @@ enum Failure {
 impl Failure {
     fn broken(error: impl std::fmt::Display) -> Failure {
         Failure::Again(error.to_string())
+    }
+
+    /// What the end of a connection means.
+    fn closed(error: ConnectionError) -> Failure {
+        let busy = match &error {
+            ConnectionError::ApplicationClosed(closed) => closed.error_code == Close::Busy.into(),
+            // Turned away before the handshake.
+            ConnectionError::ConnectionClosed(closed) => {
+                closed.error_code == quinn::TransportErrorCode::CONNECTION_REFUSED
+            }
+            _ => false,
+        };
+        if busy { Failure::Busy("too many machines join at once".to_owned()) } else { Failure::broken(error) }
     }
 }
 
@@ -277,22 +295,25 @@ async fn try_addresses(identity: &Identity, token: &Token, name: &str) -> Result
     let mut whys = Vec::new();
     let mut impostor = None;
     let started = Instant::now();
+    let mut silent = 0;
     for attempt in 0_u32.. {
         whys.clear();
-        let mut again = false;
+        let mut busy = false;
         for address in &token.addresses {
             match attempt_at(*address, identity, token, name).await {
                 Ok(admission) => return Ok(admission),
                 // The next address may be the right one.
                 Err(Failure::Final(error @ JoinError::Impostor { .. })) => impostor = Some(error),
                 Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Again(why)) => {
-                    again = true;
+                Err(Failure::Again(why)) => whys.push(format!("{address}: {why}")),
+                Err(Failure::Busy(why)) => {
+                    busy = true;
                     whys.push(format!("{address}: {why}"));
                 }
             }
         }
-        if !again || started.elapsed() >= TRY_FOR {
+        silent += u32::from(!busy);
+        if whys.is_empty() || silent >= SILENT_ROUNDS_MAX || started.elapsed() >= TRY_FOR {
             break;
         }
         let pause = PAUSE_FIRST.saturating_mul(1 << attempt.min(10)).min(PAUSE_MAX);
@@ -312,7 +333,7 @@ async fn attempt_at(
         endpoint::joiner(identity, address.is_ipv6()).map_err(|error| Failure::Final(error.into()))?;
     let connecting = endpoint.connect(address, SERVER_NAME).map_err(Failure::broken)?;
     let connection = match timeout(DIAL_WITHIN, connecting).await {
-        Ok(connected) => connected.map_err(Failure::broken)?,
+        Ok(connected) => connected.map_err(Failure::closed)?,
         Err(_) => return Err(Failure::Again(format!("no answer within {} s", DIAL_WITHIN.as_secs()))),
     };
     let asking = timeout(EXCHANGE_WITHIN, ask(&connection, identity, token, name));
@@ -330,13 +351,7 @@ async fn ask(
     name: &str,
 ) -> Result<Admission, Failure> {
     let address = connection.remote_address();
-    let again = |error: ConnectionError| match &error {
-        ConnectionError::ApplicationClosed(closed) if closed.error_code == Close::Busy.into() => {
-            Failure::Again("too many machines join at once".to_owned())
-        }
-        _ => Failure::broken(error),
-    };
-    let (send, mut recv) = connection.accept_bi().await.map_err(again)?;
+    let (send, mut recv) = connection.accept_bi().await.map_err(Failure::closed)?;
     let mut stated = [0; STATEMENT_BYTES];
     recv.read_exact(&mut stated).await.map_err(Failure::broken)?;
     let impostor = |what| Failure::Final(JoinError::Impostor { address, what });

@@ -127,7 +127,7 @@ pub struct Membership {
 #[derive(Debug)]
 pub enum Opened {
     /// It has joined.
-    Member(Membership),
+    Member(Box<Membership>),
     /// It has yet to; with the key it will have.
     Stranger(Folder, Identity),
 }
@@ -148,7 +148,7 @@ impl Membership {
         let text = std::str::from_utf8(&content).map_err(|_| unusable())?;
         let (admission, seen) = parse(text).ok_or_else(unusable)?;
         let seen = Mutex::new(seen);
-        Ok(Opened::Member(Membership { identity, admission, seen, folder: Some(folder) }))
+        Ok(Opened::Member(Box::new(Membership { identity, admission, seen, folder: Some(folder) })))
     }
 
     /// Keeps what was learned by joining.

@@ -23,7 +23,7 @@ use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement,
 use mesh_wire::frame::{FrameError, Op};
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
-use quinn::{Connection, ConnectionError, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream, TransportErrorCode};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -311,19 +311,20 @@ impl Node {
         let router = membership.admission().router;
         let endpoint = endpoint::dialer(membership.identity(), router, address.is_ipv6())?;
         let dialing = async {
-            let connecting = endpoint.connect(address, SERVER_NAME).map_err(|error| error.to_string())?;
-            connecting.await.map_err(|error| explain(&error))
+            let connecting = endpoint.connect(address, SERVER_NAME);
+            let connecting = connecting.map_err(|error| (error.to_string(), End::Unreachable))?;
+            connecting.await.map_err(|error| (explain(&error), judge_dialing(&error)))
         };
         let dialed = tokio::select! {
             dialed = timeout(DIAL_WITHIN, dialing) => dialed,
             () = stop.wait() => return Ok(End::Unreachable),
         };
-        let connection = match dialed.unwrap_or_else(|_| Err("no answer within 3 s".to_owned())) {
+        let silence = || Err(("no answer within 3 s".to_owned(), End::Unreachable));
+        let connection = match dialed.unwrap_or_else(|_| silence()) {
             Ok(connection) => connection,
-            Err(reason) => {
-                // Whatever it was, nobody has proven to be the router: it may yet be found here.
+            Err((reason, end)) => {
                 tracing::warn!(%address, reason, "the router cannot be reached");
-                return Ok(End::Unreachable);
+                return Ok(end);
             }
         };
         tracing::info!(%address, "connected to the router");
@@ -331,20 +332,22 @@ impl Node {
         let reason = self.session(&connection).await;
         let closed = connection.close_reason();
         let reason = closed.as_ref().map_or(reason, explain);
-        let end = closed.as_ref().map_or(Ok(End::Served), judge);
-        connection.close(Close::Goodbye.into(), b"");
-        // Lets the close arrive; a router that is gone does not hold us up.
-        drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
-        match end? {
-            End::Refused if since.elapsed() < SERVED_MIN => {
+        let end = match closed.as_ref().map_or(Ok(End::Served), judge) {
+            Ok(End::Refused) if since.elapsed() < SERVED_MIN => {
                 tracing::warn!(%address, reason, "refused; this node will try again, ever more rarely");
                 Ok(End::Refused)
             }
-            _ => {
+            Ok(_) if stop.is_triggered() => Ok(End::Served),
+            Ok(_) => {
                 tracing::warn!(%address, reason, "the connection to the router ended");
                 Ok(End::Served)
             }
-        }
+            Err(error) => Err(error),
+        };
+        connection.close(Close::Goodbye.into(), b"");
+        // Lets the close arrive; a router that is gone does not hold us up.
+        drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
+        end
     }
 
     /// Serves one connection until it ends. Says why.
@@ -628,7 +631,22 @@ fn explain(error: &ConnectionError) -> String {
     }
 }
 
-/// What the end of a connection whose router has proven its key means. (Before that, anyone could have said it.)
+/// What a failure to connect means. Nobody has proven to be the router yet, so nothing is final: where another router
+/// answers, or one of another version, ours may yet be found.
+fn judge_dialing(error: &ConnectionError) -> End {
+    match error {
+        // It is too busy to shake hands, or about to end.
+        ConnectionError::ConnectionClosed(close)
+            if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+        {
+            End::Unreachable
+        }
+        ConnectionError::ConnectionClosed(_) | ConnectionError::TransportError(_) => End::Refused,
+        _ => End::Unreachable,
+    }
+}
+
+/// What the end of a connection whose router has proven its key means.
 fn judge(error: &ConnectionError) -> Result<End, StationError> {
     let is = |code, close: Close| code == quinn::VarInt::from(close);
     match error {

@@ -129,6 +129,13 @@ pub enum NodeState {
     Revoked,
 }
 
+impl NodeState {
+    /// Whether the node may be counted on to come to a plan: it is connected, or was until just now.
+    pub fn is_here(self) -> bool {
+        !matches!(self, NodeState::Absent | NodeState::Revoked)
+    }
+}
+
 impl std::fmt::Display for NodeState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {

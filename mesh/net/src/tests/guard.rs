@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mesh_proto::cluster::NodeState;
 use mesh_wire::frame::Op;
+use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 use quinn::ConnectionError;
 
@@ -17,15 +18,17 @@ use crate::endpoint::{self, Close};
 use crate::hub::Hub;
 use crate::identity::Identity;
 use crate::pending::CallError;
+use crate::roster::Machine;
 use crate::seats::{
     GREETING_MAX, GREETING_PER_ADDRESS_MAX, GREETING_UNPROVEN_MAX, GREETING_UNPROVEN_PER_ADDRESS_MAX,
-    Greeters, Welcome,
+    Greeters, SEATS_MAX, Seats, Welcome,
 };
 use crate::station::StationError;
 use crate::tls::SERVER_NAME;
 
 fn closed_with(raw: &RawNode, close: Close) -> String {
-    let closed = raw.runtime.block_on(raw.connection.closed());
+    let closing = async { tokio::time::timeout(LONG, raw.connection.closed()).await };
+    let closed = raw.runtime.block_on(closing).expect("it is closed");
     match &closed {
         ConnectionError::ApplicationClosed(frame) if frame.error_code == close.into() => {
             String::from_utf8_lossy(&frame.reason).into_owned()
@@ -225,6 +228,20 @@ fn floods_of_strangers_do_not_stop_a_member() {
     assert_eq!((hub.nodes()[0].counters.answered, hub.nodes()[0].counters.connections), (calls, 1));
     assert_eq!(hub.counters().joined, 0);
     runtime.shutdown_background();
+}
+
+#[test]
+fn a_process_has_so_many_seats_and_nobody_loses_one() {
+    let seats = Seats::default();
+    let key = |at: usize| NodeId(std::array::from_fn(|place| (at >> (8 * place.min(2))) as u8));
+    let machine = |at: usize| Machine::node(&format!("n{at}"), key(at));
+    assert!((0..SEATS_MAX).all(|at| seats.add(machine(at))));
+    assert!(!seats.add(machine(SEATS_MAX)));
+    let (node, seat) = seats.of(key(7)).unwrap();
+    assert_eq!((node, &*seat.machine.name), (7, "n7"));
+    assert!(seat.revoke().is_none() && seats.of(key(7)).is_none());
+    assert!(seats.at(7).unwrap().is_revoked() && seats.at(8).is_some());
+    assert_eq!(seats.all().len(), SEATS_MAX);
 }
 
 #[test]

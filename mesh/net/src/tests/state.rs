@@ -11,7 +11,7 @@ use crate::disk::Folder;
 use crate::keys::SigningKey;
 use crate::members::Standing;
 use crate::membership::{Admission, Distrust, Membership, MembershipError, Opened, shown};
-use crate::roster::{Machine, Role, Roster, SignedRoster};
+use crate::roster::{Machine, REVOKED_MAX, Role, Roster, SignedRoster};
 use crate::tickets::{Now, OUTSTANDING_MAX, Refused, Ticket, Tickets, TicketsError};
 use crate::token::{ADDRESSES_MAX, Token, TokenError};
 
@@ -269,6 +269,20 @@ fn names_are_made_unique_and_machines_found_by_name_or_key() {
 }
 
 #[test]
+fn revoked_keys_are_forgotten_in_the_order_they_came() {
+    let authority = Authority::in_memory().unwrap();
+    let key = |at: usize| NodeId(std::array::from_fn(|place| (at >> (8 * place.min(2))) as u8));
+    for at in 1..=REVOKED_MAX + 1 {
+        authority.admit("pi", key(at)).unwrap();
+        authority.revoke("pi").unwrap();
+    }
+    // Forgotten is not forgiven: it is a stranger.
+    assert_eq!(authority.members().standing(key(1)), Standing::Stranger);
+    assert_eq!(authority.members().standing(key(2)), Standing::Revoked);
+    assert_eq!(authority.roster().roster().revoked.len(), REVOKED_MAX);
+}
+
+#[test]
 fn a_cluster_has_room_for_so_many_nodes() {
     let authority = Authority::in_memory().unwrap();
     let key = |at: usize| NodeId(std::array::from_fn(|place| (at >> (8 * place.min(2))) as u8));
@@ -304,7 +318,7 @@ impl Signer {
 
 fn reopen(path: &std::path::Path) -> Membership {
     match Membership::open(path).unwrap() {
-        Opened::Member(membership) => membership,
+        Opened::Member(membership) => *membership,
         Opened::Stranger(..) => panic!("the membership is lost"),
     }
 }
