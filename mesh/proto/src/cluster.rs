@@ -288,15 +288,14 @@ impl Cluster {
         }
     }
 
-    /// As `self`, with an earlier router's plan: nodes that come back are asked for what they hold. Only before the
-    /// first event.
-    pub fn with_previous(mut self, stored: Stored) -> Cluster {
+    /// Takes up an earlier router's plan: nodes that come back are asked for what they hold. Before the first event, and
+    /// with all members that the plan names.
+    pub fn restore(&mut self, stored: Stored) {
         let Stored { epoch, plan } = stored;
         if epoch < EPOCH_MAX {
             self.current = Some(Stage { epoch, since: Duration::ZERO, plan });
             self.restored = true;
         }
-        self
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
@@ -416,7 +415,7 @@ impl Cluster {
         self.current.as_ref().map(|stage| &stage.plan)
     }
 
-    /// The newest plan, in use or being loaded: what `with_previous` takes after a restart. Its epoch tells whether
+    /// The newest plan, in use or being loaded: what `restore` takes after a restart. Its epoch tells whether
     /// it is a new one.
     pub fn newest(&self) -> Option<Stored> {
         let newest = self.next.as_ref().or(self.current.as_ref())?;
