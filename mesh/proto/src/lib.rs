@@ -20,6 +20,8 @@ pub mod draws;
 
 pub mod machine;
 
+pub mod attempts;
+
 pub mod health;
 
 pub mod routes;
