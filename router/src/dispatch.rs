@@ -349,7 +349,7 @@ impl Dispatch {
             WireAssignment::new(local as u32, assignment.expert, assignment.weight)
         }));
         self.calls += 1;
-        let budget = hub.budget(batch.node, self.wire.len() as u32);
+        let budget = hub.budget(batch.node, self.wire.len() as u32).total;
         let head = CallHead {
             call: self.calls,
             step: self.step,

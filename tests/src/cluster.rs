@@ -120,7 +120,7 @@ pub fn start_engine(model: &Arc<Model>, shape: Shape, hub: Option<Arc<Hub>>) -> 
     let kernels = Arc::<Native>::clone(&native);
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if shape.replicate => Experts::Shared(hub),
+        Some(hub) if shape.replicate => Experts::Shared(hub, u16::MAX),
         Some(hub) => Experts::Nodes(hub),
     };
     let mut forward =
