@@ -171,8 +171,11 @@ pub enum GenerateError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// No copy of an expert is reachable and the router has none.
-    #[error("experts {experts} are held by no reachable machine; bring one of their nodes back")]
+    /// No copy of an expert is reachable and the router has none, or must not use it.
+    #[error(
+        "no machine that can be reached holds (layer/expert) {experts}; bring a node back, or start the router \
+         without --no-fallback"
+    )]
     ExpertsUnavailable {
         /// Their names.
         experts: String,
@@ -183,6 +186,23 @@ pub enum GenerateError {
     /// The router is stopping.
     #[error("the router is shutting down")]
     Stopping,
+}
+
+/// Most experts that an error names.
+const NAMED_MAX: usize = 8;
+
+/// Experts (layer, number) for an error: `layer/expert`, the first `NAMED_MAX`, and how many more.
+pub fn name_experts(experts: impl Iterator<Item = (u16, u16)>) -> String {
+    let mut experts = experts;
+    let mut text = String::new();
+    for (layer, expert) in experts.by_ref().take(NAMED_MAX) {
+        let before = if text.is_empty() { "" } else { ", " };
+        text += &format!("{before}{layer}/{expert}");
+    }
+    match experts.count() {
+        0 => text,
+        more => format!("{text} and {more} more"),
+    }
 }
 
 /// A request on its way to the engine thread.

@@ -30,7 +30,9 @@ enum Plan {
     Fail(usize, GenerateError),
 }
 
-struct Nodes;
+/// Why they cannot compute everything.
+#[derive(Default)]
+struct Nodes(Option<GenerateError>);
 
 impl Cluster for Nodes {
     fn nodes(&self) -> Value {
@@ -38,7 +40,11 @@ impl Cluster for Nodes {
     }
 
     fn trouble(&self) -> Option<String> {
-        None
+        self.refusal().map(|refusal| refusal.to_string())
+    }
+
+    fn refusal(&self) -> Option<GenerateError> {
+        self.0.clone()
     }
 
     fn refresh(&self, _: &Metrics) {}
@@ -82,7 +88,8 @@ impl Server {
             exact: "native".into(),
             version: "0.1.0".into(),
         };
-        let mut service = Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(Nodes));
+        let mut service =
+            Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(Nodes::default()));
         service.keys = ApiKeys::new(keys);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
