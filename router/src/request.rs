@@ -293,3 +293,17 @@ impl EngineHandle {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_a_few_experts_and_how_many_more() {
+        let of = |count: u16| name_experts((0..count).map(|expert| (3, expert)));
+        assert_eq!((of(0), of(2)), (String::new(), "3/0, 3/1".to_owned()));
+        assert_eq!(of(8), "3/0, 3/1, 3/2, 3/3, 3/4, 3/5, 3/6, 3/7");
+        assert_eq!(of(9), "3/0, 3/1, 3/2, 3/3, 3/4, 3/5, 3/6, 3/7 and 1 more");
+        assert!(of(u16::MAX).ends_with("3/7 and 65527 more"));
+    }
+}
