@@ -8,7 +8,17 @@
 
 pub mod cluster;
 
+pub mod stored;
+
 pub mod placement;
+
+pub mod layout;
+
+pub mod cost;
+
+pub mod draws;
+
+pub mod machine;
 
 pub mod attempts;
 
