@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
@@ -16,6 +16,7 @@ use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_proto::machine::Machine;
 use mesh_proto::placement::{Copies, Outlook, Share, Wishes};
+use mesh_proto::routes::Routes;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
 use model::home;
@@ -33,7 +34,7 @@ use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
 use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
-use crate::request::{EngineFacts, EngineHandle};
+use crate::request::{EngineFacts, EngineHandle, GenerateError, name_experts};
 use crate::scheduler::LimitsError;
 use crate::share::Place;
 
@@ -50,6 +51,8 @@ pub struct RouterConfig {
     pub mesh: Option<MeshConfig>,
     /// Which experts the router holds besides the nodes, to compute its share of each layer.
     pub resident: Resident,
+    /// Whether the router computes experts that no node can be asked for, from its packed model.
+    pub fallback: bool,
     /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
     pub memory_bytes: Option<u64>,
     /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
@@ -249,7 +252,16 @@ pub async fn run(
         nodes = wait_for_nodes(&config, hub.clone()) => nodes,
         () = &mut stop => return Ok(()),
     };
-    let view = ClusterView { hub: hub.clone(), status, places, engine: handle.clone(), own };
+    let view = ClusterView {
+        hub: hub.clone(),
+        status,
+        places,
+        engine: handle.clone(),
+        own,
+        // Then every expert is within reach, always.
+        reachable: config.fallback || config.resident == Resident::All || hub.is_none(),
+        unreachable: Mutex::default(),
+    };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
@@ -392,6 +404,7 @@ fn load(
         },
     };
     let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
+    forward.set_fallback(config.fallback);
     forward.preload(progress).map_err(|error| RouterError::Start(error.to_string()))?;
     let facts = EngineFacts {
         context: config.model.config.context,
@@ -451,35 +464,76 @@ struct ClusterView {
     engine: EngineHandle,
     /// What the router measured of itself.
     own: [u32; ROWS.len()],
+    /// Whether the router can compute every expert.
+    reachable: bool,
+    /// By the routes it was found in: the experts that nobody can compute.
+    unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
+}
+
+impl ClusterView {
+    /// The experts that nobody can compute at the moment, named; looked for once per table.
+    fn unreachable(&self) -> Option<String> {
+        let hub = self.hub.as_ref().filter(|_| !self.reachable)?;
+        let routes = hub.routes();
+        let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {
+            return named.clone();
+        }
+        let nobodys = routes.table.all().filter(|(_, part)| part.holders.is_empty());
+        let mut keys: Vec<(u16, u16)> = nobodys.map(|(key, _)| (key.layer, key.expert)).collect();
+        keys.dedup();
+        let named = (!keys.is_empty()).then(|| name_experts(keys.into_iter()));
+        *known = Some((routes, named.clone()));
+        named
+    }
 }
 
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
         let places = self.places.read();
+        let nodes: Vec<NodeStatus> = self.hub.iter().flat_map(|hub| hub.nodes()).collect();
+        let mut router = router_json(&self.status.read(), places.first());
+        let counters = || nodes.iter().map(|node| &node.counters);
+        router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
+        router["stale"] = counters().map(|counters| counters.stale).sum::<u64>().into();
+        if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
+            router["weight_mb_s"] = json!(self.own);
+        }
         let outlook = self.hub.as_ref().and_then(|hub| hub.outlook());
-        let nodes = self.hub.iter().flat_map(|hub| hub.nodes());
         let planned = |node: usize| {
             let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
             shares.copied().find(|share| usize::from(share.node) == node)
         };
-        let nodes: Vec<Value> = (0..)
-            .zip(nodes)
-            .map(|(index, node)| node_json(&node, places.get(index + 1), planned(index)))
+        let nodes: Vec<Value> = nodes
+            .iter()
+            .enumerate()
+            .map(|(index, node)| node_json(node, places.get(index + 1), planned(index)))
             .collect();
-        let mut router = router_json(&self.status.read(), places.first());
-        if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
-            router["weight_mb_s"] = json!(self.own);
-        }
         json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
     }
 
     fn trouble(&self) -> Option<String> {
-        self.engine.is_closed().then(|| "the engine has ended; restart the router".to_owned())
+        if self.engine.is_closed() {
+            return Some("the engine has ended; restart the router".to_owned());
+        }
+        let experts = self.unreachable()?;
+        let serving = |node: &NodeStatus| node.cluster.state == NodeState::Serving;
+        if !self.hub.iter().flat_map(|hub| hub.nodes()).any(|node| serving(&node)) {
+            return Some(
+                "no node serves, and the router computes no experts itself (--no-fallback)".to_owned(),
+            );
+        }
+        Some(GenerateError::ExpertsUnavailable { experts }.to_string())
+    }
+
+    fn refusal(&self) -> Option<GenerateError> {
+        self.unreachable().map(|experts| GenerateError::ExpertsUnavailable { experts })
     }
 
     fn refresh(&self, metrics: &Metrics) {
         for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
             metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+            metrics.node_nonsense(&node.name, node.counters.rejected, node.counters.stale);
         }
     }
 }
@@ -523,6 +577,8 @@ fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -
         "gone": counters.gone,
         "refused": counters.refused,
         "rejected": counters.rejected,
+        "malformed": counters.rejected,
+        "hedged": counters.hedged,
         "stale": counters.stale,
         "connections": counters.connections,
         "service_us": micros(status.call_means.map(|means| means.0)),
@@ -548,6 +604,9 @@ fn router_json(status: &EngineStatus, place: Option<&Place>) -> Value {
         "preemptions": status.preemptions,
         "calls": cost.calls,
         "fallbacks": cost.fallbacks,
+        "hedges": cost.hedges,
+        "hedges_won": cost.hedges_won,
+        "retries": cost.retries,
         "bytes_out": cost.bytes_out,
         "bytes_in": cost.bytes_in,
         "home_bytes": status.home_bytes,

@@ -58,8 +58,12 @@ pub(crate) struct Options {
     #[arg(long, default_value = "auto", value_parser = parse_replicas)]
     replicas: Copies,
     /// auto: experts are cut and spread over several nodes where that is faster. off: experts stay whole
-    #[arg(long, value_enum, default_value_t = Slices::Off)]
+    #[arg(long, value_enum, default_value_t = Slices::Auto)]
     slices: Slices,
+    /// Compute no experts that are meant for nodes, not even while no node can be asked: requests that need them fail
+    /// with status 503 instead of being slow (for routers without the memory or the disk for it)
+    #[arg(long, requires = "roster")]
+    no_fallback: bool,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
@@ -138,6 +142,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             (Replicate::None, Some(mebibytes)) => Resident::Bytes(mebibytes << 20),
             (Replicate::None, None) => Resident::None,
         },
+        fallback: !options.no_fallback,
         memory_bytes: memory::available(),
         require_exact: options.model.require_exact(),
         http: options.http,
