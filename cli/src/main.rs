@@ -48,6 +48,8 @@ enum Command {
     Run(commands::run::Options),
     /// Show the nodes of a running router
     Nodes(commands::nodes::Options),
+    /// Say how a cluster would run a model: whether it fits, how fast, and what bounds it
+    Plan(commands::plan::Options),
     /// Run a prompt in one process, without a mesh: the yardstick of every cluster
     Reference(commands::reference::Options),
     /// Measure what a model predicts
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Command::Node(options) => commands::node::run(options),
         Command::Run(options) => commands::run::run(&options),
         Command::Nodes(options) => commands::nodes::run(&options),
+        Command::Plan(options) => commands::plan::run(&options),
         Command::Reference(options) => commands::reference::run(&options),
         Command::Eval(command) => commands::eval::run(&command),
         Command::Bench(command) => commands::bench::run(&command),

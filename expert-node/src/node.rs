@@ -76,6 +76,10 @@ pub struct NodeSnapshot {
     pub weight_bytes: u64,
     /// The placement it is loading.
     pub loading: Option<Loading>,
+    /// Whether it serves its last calls (`ExpertNode::drain`).
+    pub leaving: bool,
+    /// Calls that wait, are computed or are being answered.
+    pub under_way: u32,
     /// Calls that wait.
     pub queued: usize,
     /// Calls answered with sums.
@@ -160,6 +164,8 @@ impl ExpertNode {
             epoch: self.shard.epoch(),
             weight_bytes: self.shard.weight_bytes(),
             loading: self.service.loading(),
+            leaving: self.stop.is_triggered(),
+            under_way: self.stop.calls_under_way(),
             queued: self.queue.len(),
             calls: counters.calls.load(Ordering::Relaxed),
             rows: counters.rows.load(Ordering::Relaxed),
@@ -171,9 +177,15 @@ impl ExpertNode {
         }
     }
 
-    /// Ends it like `shutdown` when triggered, from any thread: for signals.
+    /// Ends it from any thread: for signals. `Stop::leave` as `drain`, `Stop::trigger` as `shutdown`.
     pub fn stop(&self) -> Stop {
         self.stop.clone()
+    }
+
+    /// Begins to end it without loss: tells the router that it leaves, serves what is under way and what still comes,
+    /// then says goodbye. A second time it ends at once. `join` waits for that.
+    pub fn drain(&self) {
+        self.stop.leave();
     }
 
     /// Begins to end it: says goodbye to the router, refuses what waits. `join` waits for that.

@@ -17,6 +17,7 @@ use mesh_proto::facts::ModelFacts;
 use mesh_proto::machine::Machine;
 use mesh_proto::placement::{Copies, Outlook, Share, Wishes};
 use mesh_proto::routes::Routes;
+use model::config::ModelConfig;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
 use model::home;
@@ -346,20 +347,24 @@ fn start_hub(config: &RouterConfig, weight_mb_s: [u32; ROWS.len()]) -> Result<Op
 
 /// What the mesh has to know of a model.
 pub fn model_facts(model: &Model) -> ModelFacts {
-    let block =
-        model.format.expert_bytes(model.config.hidden, model.config.moe.inter.min(COMBINE_BLOCK)) as u64;
+    ModelFacts { fingerprint: model.fingerprint, ..shape_facts(&model.config, model.format) }
+}
+
+/// The same of a model whose weights are not here; its fingerprint is zero.
+pub fn shape_facts(config: &ModelConfig, format: Format) -> ModelFacts {
+    let expert = |inter| format.expert_bytes(config.hidden, inter) as u64;
     ModelFacts {
-        fingerprint: model.fingerprint,
-        moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
-        experts: model.config.moe.experts as u16,
-        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
-        top_k: model.config.moe.top_k as u16,
-        blocks: model.config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
-        block_bytes: block,
-        hidden: model.config.hidden as u32,
-        int8_rows: model.format.is_quantized(),
-        router_bytes: model.config.token_bytes(model.format).router,
-        head_bytes: model.format.matrix_bytes(model.config.vocab, model.config.hidden) as u64,
+        fingerprint: [0; 32],
+        moe_layers: config.moe_layers().map(|layer| layer as u16).collect(),
+        experts: config.moe.experts as u16,
+        expert_bytes: expert(config.moe.inter),
+        top_k: config.moe.top_k as u16,
+        blocks: config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
+        block_bytes: expert(config.moe.inter.min(COMBINE_BLOCK)),
+        hidden: config.hidden as u32,
+        int8_rows: format.is_quantized(),
+        router_bytes: config.token_bytes(format).router,
+        head_bytes: format.matrix_bytes(config.vocab, config.hidden) as u64,
     }
 }
 
@@ -587,6 +592,8 @@ fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -
         "link": {"round_trip_us": status.link.round_trip_us, "mb_s": status.link.mb_s},
         "planned_share": planned.map(|planned| planned.share),
         "left_out": planned.is_some_and(|planned| planned.left_out),
+        "probes": counters.probes,
+        "probes_failed": counters.probes_failed,
         "correction": place.map(|place| place.learned.corrections()),
         "call_overhead_us": place.map(|place| place.learned.call_us()),
         "resident_bytes": status.health.map(|health| health.resident_bytes),

@@ -11,7 +11,7 @@ use clap::Args;
 use expert_node::node::{ExpertNode, NodeConfig};
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
-use mesh_net::station::StationConfig;
+use mesh_net::station::{StationConfig, Stop};
 use model::kernel::paced::paced;
 
 use crate::model_options::{ModelOptions, parse_pace};
@@ -19,6 +19,9 @@ use crate::{memory, signals};
 
 /// Share of the machine's memory a node takes for experts unless told otherwise.
 const MEMORY_SHARE: f64 = 0.75;
+
+/// How often a leaving node says how many calls it still serves.
+const LEAVING_EVERY: Duration = Duration::from_millis(500);
 
 /// Memory assumed where the machine does not say: little for today's machines.
 const MEMORY_UNKNOWN: u64 = 4 << 30;
@@ -83,17 +86,45 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     })?;
     let stop = node.stop();
     let with_parent = options.stop_with_parent;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     std::thread::spawn(move || {
-        if let Err(error) = runtime.block_on(signals::stop(with_parent)) {
+        if let Err(error) = runtime.block_on(end(&stop, with_parent)) {
             tracing::error!(%error, "signals cannot be waited for; stop with kill");
-            return;
         }
-        stop.trigger();
     });
     if !with_parent {
         println!("{name} serves experts of {}; Ctrl-C ends it", model.name);
     }
     node.join()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// At the first signal the node leaves, at the second it ends at once; a parent that is gone needs nobody to wait.
+async fn end(stop: &Stop, with_parent: bool) -> anyhow::Result<()> {
+    tokio::select! {
+        signal = signals::stop_signal() => signal?,
+        () = signals::parent_gone(), if with_parent => {
+            stop.trigger();
+            return Ok(());
+        }
+    }
+    stop.leave();
+    let mut ticks = tokio::time::interval(LEAVING_EVERY);
+    let mut shown = None;
+    let second = signals::stop_signal();
+    tokio::pin!(second);
+    loop {
+        tokio::select! {
+            signal = &mut second => {
+                stop.trigger();
+                return signal;
+            }
+            _ = ticks.tick() => {
+                let calls = stop.calls_under_way();
+                if shown.replace(calls) != Some(calls) && !with_parent {
+                    eprintln!("leaving: {calls} calls under way; Ctrl-C again ends it at once");
+                }
+            }
+        }
+    }
 }

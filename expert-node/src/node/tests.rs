@@ -200,6 +200,47 @@ fn a_node_leaves_with_a_goodbye_and_returns_with_a_new_process() {
 }
 
 #[test]
+fn a_node_that_drains_answers_what_is_under_way_and_refuses_afterwards() {
+    let mesh = mesh(1, 1, Arc::new(FakeSource::default()));
+    // A pace of 0.1 MB/s: a call of one expert takes a tenth of a second.
+    let kernels = paced(Arc::new(FakeKernels::default()), Some(0.000_1));
+    let node = ExpertNode::start(mesh.config(0, kernels)).unwrap();
+    assert!(mesh.hub.wait_ready(1, PATIENCE));
+    let epoch = mesh.hub.routes().epoch;
+    let state = |cluster: &mesh_proto::cluster::Cluster| cluster.status(0).unwrap().state;
+    let under_way = std::thread::scope(|scope| {
+        let call = || mesh.call(0, (epoch, 1), &fake_rows(&[2]), &[WireAssignment::new(0, 7, 1.0)]);
+        let calls = [scope.spawn(call), scope.spawn(call)];
+        while node.snapshot().under_way < 2 {
+            std::thread::yield_now();
+        }
+        node.drain();
+        assert!(mesh.hub.wait_until(PATIENCE, |cluster| state(cluster) == NodeState::Leaving));
+        assert!(node.snapshot().leaving && mesh.experts(0, 1).is_empty());
+        // Sent before word came.
+        let late = call();
+        let queue = Arc::clone(&node.queue);
+        node.join().unwrap();
+        // Whatever still held a call is told, not kept waiting.
+        let (job, answers, _) = crate::fixture::job(crate::fixture::call(
+            &Pool::new(1 << 20),
+            (1, epoch, 1),
+            &[1],
+            &[(0, 7, 1.0)],
+        ));
+        let (job, rejected) = queue.push(job).unwrap_err();
+        assert_eq!(rejected, crate::batch::Rejected::Closed);
+        drop((job, answers));
+        let [first, second] = calls.map(|call| call.join().unwrap());
+        [first, second, late]
+    });
+    for outcome in under_way {
+        assert_eq!(first_sum(outcome), 34);
+    }
+    assert!(mesh.hub.wait_until(PATIENCE, |cluster| state(cluster) == NodeState::Absent));
+}
+
+#[test]
 fn memory_bounds_what_a_node_is_given() {
     let mesh = mesh(1, 1, Arc::new(FakeSource::default()));
     let config = mesh.config(0, Arc::new(FakeKernels::default()));

@@ -430,7 +430,7 @@ impl CallLink {
             ..ModelFacts::default()
         };
         let defaults = HubConfig::new(keys.router.clone(), keys.roster.clone(), facts);
-        let hub = Hub::start(HubConfig { listen: loopback(), spin, ..defaults })?;
+        let hub = Hub::start(HubConfig { listen: loopback(), spin, probe_links: false, ..defaults })?;
         let config = StationConfig {
             identity: keys.node.clone(),
             roster: keys.roster.clone(),

@@ -81,6 +81,8 @@ pub struct HubConfig {
     pub pool_bytes_max: usize,
     /// Where plans are kept, so that nodes keep their shards when the router starts again.
     pub placement_file: Option<PathBuf>,
+    /// Whether the links to the nodes are measured, when they join and every minute.
+    pub probe_links: bool,
 }
 
 impl HubConfig {
@@ -101,6 +103,7 @@ impl HubConfig {
             spin: Duration::ZERO,
             pool_bytes_max: HubConfig::POOL_BYTES_MAX,
             placement_file: None,
+            probe_links: true,
         }
     }
 }
@@ -194,6 +197,7 @@ struct Shared {
     connections: AtomicU64,
     handshakes_failed: AtomicU64,
     deferred: AtomicU64,
+    probe_links: bool,
     /// Goodbye was said: nodes that leave from now on do what they were told.
     closing: AtomicBool,
 }
@@ -408,6 +412,7 @@ impl Shared {
             connections: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             deferred: AtomicU64::new(0),
+            probe_links: config.probe_links,
             closing: AtomicBool::new(false),
         }
     }
@@ -597,7 +602,8 @@ async fn session(shared: Arc<Shared>, incoming: Incoming, greeting: Greeting) {
     let hello = introduction.hello.clone();
     let feed: Arc<dyn Feed> = Arc::clone(&shared) as Arc<dyn Feed>;
     let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
-    let (session, link) = Session::new(connection, introduction, node, tools);
+    let (mut session, link) = Session::new(connection, introduction, node, tools);
+    session.probes = shared.probe_links;
     shared.connections.fetch_add(1, Ordering::Relaxed);
     seat.tally.update(|counters| counters.connections += 1);
     let replaced = seat.link().replace(Arc::clone(&link));

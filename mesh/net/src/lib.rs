@@ -18,7 +18,11 @@ mod lane;
 
 mod plan_file;
 
+mod probe;
+
 pub mod station;
+
+pub mod drain;
 
 pub mod pending;
 

@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::endpoint::Close;
 use crate::lane::{Lane, Queue, Worker};
+use crate::probe::Prober;
 use crate::stream::{ReadFrameError, read_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
@@ -79,6 +80,8 @@ pub(crate) struct Session {
     pub(crate) pool: Pool,
     pub(crate) tally: Arc<Tally>,
     pub(crate) feed: Arc<dyn Feed>,
+    /// Whether the link is measured (`probe`).
+    pub(crate) probes: bool,
     control: (SendStream, RecvStream),
     outbox: mpsc::Receiver<Outgoing>,
 }
@@ -113,7 +116,8 @@ impl Session {
     ) -> (Session, Arc<Link>) {
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
         let link = Arc::new(Link { connection, queues: Default::default(), outbox });
-        (Session { node, pool, tally, feed, control: introduction.control, outbox: outgoing }, link)
+        let control = introduction.control;
+        (Session { node, pool, tally, feed, probes: true, control, outbox: outgoing }, link)
     }
 
     /// Runs until the connection ends; says why.
@@ -123,6 +127,9 @@ impl Session {
             for _ in 0..lane.streams() {
                 lanes.spawn(self.worker(&link, lane).run());
             }
+        }
+        if self.probes {
+            lanes.spawn(self.prober(&link).run());
         }
         let (mut send, mut recv) = self.control;
         let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
@@ -136,6 +143,16 @@ impl Session {
         // Lanes notice by themselves; jobs they still hold fail when they end.
         while lanes.join_next().await.is_some() {}
         reason
+    }
+
+    fn prober(&self, link: &Link) -> Prober {
+        Prober {
+            node: self.node,
+            connection: link.connection.clone(),
+            tally: Arc::clone(&self.tally),
+            pool: self.pool.clone(),
+            feed: Arc::clone(&self.feed),
+        }
     }
 
     fn worker(&self, link: &Link, lane: Lane) -> Worker {
@@ -152,11 +169,15 @@ impl Session {
     }
 }
 
+/// What a node may say on its control stream after its hello.
+const HEARD: [Op; 4] = [Op::Placed, Op::Health, Op::Leaving, Op::Goodbye];
+
 /// Reads what the node says until there is no more. What no correct node says is told to the cluster's logic.
 async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn Feed) -> String {
     let mut last_health: Option<Instant> = None;
+    let mut leaving = false;
     loop {
-        let frame = match read_frame(recv, pool, &[Op::Placed, Op::Health, Op::Goodbye]).await {
+        let frame = match read_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return "it closed its control stream".to_owned(),
             Err(error) => {
@@ -173,6 +194,13 @@ async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn 
                 if last_health.is_none_or(|last| last.elapsed() >= HEALTH_EVERY_MIN) {
                     last_health = Some(Instant::now());
                     feed.feed(Event::Health(node, health));
+                }
+            }
+            // Once: saying it again changes nothing.
+            Ok(Message::Leaving) => {
+                if !std::mem::replace(&mut leaving, true) {
+                    tracing::info!(node, "a node is leaving");
+                    feed.feed(Event::Leaving(node));
                 }
             }
             Ok(Message::Goodbye(goodbye)) => return format!("it said goodbye: {}", goodbye.reason),

@@ -17,21 +17,23 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::Call;
-use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Refusal};
+use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probed, Refusal};
 use mesh_wire::frame::{FrameError, Op};
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::drain::LEAVING_MAX;
+pub use crate::drain::Stop;
 use crate::endpoint::{self, Close, EndpointError, LaneReset};
 use crate::helm::Helm;
 use crate::identity::Identity;
 use crate::roster::{Roster, RosterError};
-use crate::stream::{ReadFrameError, read_frame, write_frame};
+use crate::stream::{PROBE_PRIORITY, ReadFrameError, read_frame, write_frame};
 use crate::tls::SERVER_NAME;
 
 /// How often a node reports.
@@ -56,6 +58,9 @@ const PLACEMENTS_MAX: usize = 4;
 /// Messages to the router that may wait to be written.
 const OUTBOX_MESSAGES: usize = 8;
 
+/// QUIC sends streams of a lower priority last: the goodbye behind every reply.
+const GOODBYE_PRIORITY: i32 = -2;
+
 /// Time a goodbye has to arrive.
 const GOODBYE_WITHIN: Duration = Duration::from_millis(200);
 
@@ -73,41 +78,6 @@ pub trait NodeService: Send + Sync + 'static {
 
     /// The node's counters.
     fn health(&self) -> Health;
-}
-
-/// Ends a station from any thread.
-#[derive(Clone, Debug)]
-pub struct Stop {
-    triggered: Arc<watch::Sender<bool>>,
-}
-
-impl Default for Stop {
-    fn default() -> Stop {
-        Stop::new()
-    }
-}
-
-impl Stop {
-    /// Not yet triggered.
-    pub fn new() -> Stop {
-        Stop { triggered: Arc::new(watch::Sender::new(false)) }
-    }
-
-    /// Ends everything that listens to it.
-    pub fn trigger(&self) {
-        self.triggered.send_replace(true);
-    }
-
-    /// Whether it was triggered.
-    pub fn is_triggered(&self) -> bool {
-        *self.triggered.borrow()
-    }
-
-    async fn wait(&self) {
-        let mut changes = self.triggered.subscribe();
-        // The sender lives in `self`, so this ends with the trigger only.
-        drop(changes.wait_for(|triggered| *triggered).await.map(|_| ()));
-    }
 }
 
 /// What a station needs to run.
@@ -238,8 +208,8 @@ fn refusal_frame(pool: &Pool, call: u64, refusal: Refusal, detail: &str) -> Resu
 pub struct Station;
 
 impl Station {
-    /// Runs on this thread until `stop` is triggered; then says goodbye and returns. Loss of the router is not an
-    /// error: it dials again.
+    /// Runs on this thread until `stop` is triggered; then serves what is under way (`drain`), says goodbye and
+    /// returns. Loss of the router is not an error: it dials again.
     ///
     /// # Errors
     /// What keeps it from ever running.
@@ -269,7 +239,8 @@ impl Station {
         if config.routers.is_empty() {
             return Err(StationError::NoAddress);
         }
-        let (node, stop) = (Arc::new(Node { config, service, placing: Arc::default() }), stop.clone());
+        let (node, stop) =
+            (Arc::new(Node { config, service, stop: stop.clone(), placing: Arc::default() }), stop.clone());
         // A placement that is still loading does not keep the process.
         helm.keep(async move { node.stay_connected(&stop).await })
     }
@@ -286,6 +257,7 @@ pub(crate) fn pause(id: NodeId, attempt: u32) -> Duration {
 struct Node {
     config: StationConfig,
     service: Arc<dyn NodeService>,
+    stop: Stop,
     /// Held while weights are loaded, so that a placement of a new connection waits for one of an old.
     placing: Arc<Mutex<()>>,
 }
@@ -334,7 +306,7 @@ impl Node {
             }
         };
         tracing::info!(%address, "connected to the router");
-        let (reason, said_goodbye) = self.session(&connection, stop).await;
+        let (reason, said_goodbye) = self.session(&connection).await;
         if said_goodbye {
             tracing::info!(%address, reason, "the connection to the router ended");
         } else {
@@ -347,7 +319,7 @@ impl Node {
     }
 
     /// Serves one connection until it ends. Says why, and whether the router ever spoke or kept it for a while.
-    async fn session(self: &Arc<Node>, connection: &Connection, stop: &Stop) -> (String, bool) {
+    async fn session(self: &Arc<Node>, connection: &Connection) -> (String, bool) {
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
         let (orders, placements) = mpsc::channel(PLACEMENTS_MAX);
         let (send, recv) = match connection.open_bi().await {
@@ -355,11 +327,13 @@ impl Node {
             Err(error) => return (explain(&error), false),
         };
         let reason = tokio::select! {
-            reason = self.speak(send, outgoing, stop) => reason,
+            reason = self.speak(send, outgoing) => reason,
+            reason = self.leave(outbox.clone()) => reason,
             reason = self.listen(recv, orders) => reason,
             reason = self.place(placements, outbox.clone()) => reason,
             reason = self.report(outbox) => reason,
             reason = self.lanes(connection) => reason,
+            () = self.stop.out_of_time(GOODBYE_WITHIN) => "the router does not read this node's goodbye".to_owned(),
         };
         match connection.close_reason() {
             // A refusal of our key comes after the handshake, from our side of it: that is not being connected.
@@ -373,37 +347,59 @@ impl Node {
         }
     }
 
-    /// Introduces the node, then writes what is to be said; at the stop, a goodbye.
-    async fn speak(
-        &self,
-        mut send: SendStream,
-        mut outgoing: mpsc::Receiver<Message>,
-        stop: &Stop,
-    ) -> String {
+    /// Introduces the node, then writes what is to be said until that is goodbye.
+    async fn speak(&self, mut send: SendStream, mut outgoing: mpsc::Receiver<Message>) -> String {
         let mut next = Message::Hello(self.service.hello());
+        let mut leaving = false;
         loop {
+            let last = matches!(next, Message::Goodbye(_));
+            leaving |= matches!(next, Message::Leaving);
             let frame = match next.encode(&self.config.pool) {
                 Ok(frame) => frame,
                 Err(error) => return format!("a message cannot be sent: {error}"),
             };
+            if last {
+                // Fails only on a closed stream, which the write notices.
+                drop(send.set_priority(GOODBYE_PRIORITY));
+            }
             if let Err(error) = write_frame(&mut send, frame).await {
                 return format!("the control stream broke: {error}");
             }
-            if matches!(next, Message::Goodbye(_)) {
+            if last {
+                // Behind the last replies, which a slow link may still carry: `Stop::out_of_time` ends the wait.
+                let within = if leaving { LEAVING_MAX } else { GOODBYE_WITHIN };
                 if send.finish().is_ok() {
-                    drop(timeout(GOODBYE_WITHIN, send.stopped()).await);
+                    drop(timeout(within, send.stopped()).await);
                 }
                 return "this node is stopping".to_owned();
             }
-            next = tokio::select! {
-                biased;
-                () = stop.wait() => Message::Goodbye(Goodbye { reason: "the node is stopping".to_owned() }),
-                message = outgoing.recv() => match message {
-                    Some(message) => message,
-                    None => return "nothing more to say".to_owned(),
-                },
-            };
+            match outgoing.recv().await {
+                Some(message) => next = message,
+                None => return "nothing more to say".to_owned(),
+            }
         }
+    }
+
+    /// At the stop: says that the node leaves, and when it has served what was under way, goodbye. Sessions end with
+    /// that, so this never does by itself.
+    async fn leave(&self, outbox: mpsc::Sender<Message>) -> String {
+        self.stop.wait().await;
+        let deadline = tokio::time::Instant::now() + LEAVING_MAX;
+        let drained = async {
+            // Not where it is to end at once: then `drained` is over first.
+            if outbox.send(Message::Leaving).await.is_ok() {
+                tracing::info!(calls = self.stop.calls_under_way(), "leaving");
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            biased;
+            () = self.stop.drained(deadline) => {}
+            () = drained => {}
+        }
+        let goodbye = Goodbye { reason: "the node is stopping".to_owned() };
+        drop(outbox.send(Message::Goodbye(goodbye)).await);
+        std::future::pending().await
     }
 
     /// Reads what the router says.
@@ -437,6 +433,12 @@ impl Node {
     ) -> String {
         while let Some(placement) = placements.recv().await {
             let epoch = placement.epoch;
+            if self.stop.is_triggered() {
+                let refusal = "the node is stopping".to_owned();
+                let placed = Placed { epoch, weight_bytes: 0, refusal };
+                drop(outbox.send(Message::Placed(placed)).await);
+                continue;
+            }
             let (service, placing) = (Arc::clone(&self.service), Arc::clone(&self.placing));
             let loading = tokio::task::spawn_blocking(move || {
                 let _placing = placing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -496,7 +498,7 @@ impl Node {
         let stopped = send.stopped();
         tokio::pin!(stopped);
         loop {
-            let frame = match read_frame(recv, pool, &[Op::Call]).await {
+            let frame = match read_frame(recv, pool, &[Op::Call, Op::Probe]).await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(()),
                 Err(ReadFrameError::Stream(_)) => return Err(LaneReset::Cancelled),
@@ -510,7 +512,16 @@ impl Node {
                 }
             };
             let received = Instant::now();
+            if frame.op() == Op::Probe {
+                self.answer_probe(send, &frame).await?;
+                continue;
+            }
+            let under_way = self.stop.begin();
             let answer = match Call::parse(frame) {
+                Ok(call) if under_way.is_none() => {
+                    refusal_frame(pool, call.head().call, Refusal::Stopping, "the node has left")
+                        .map_err(|_| LaneReset::Busy)?
+                }
                 Ok(call) => {
                     let answer = self.hand_over(call, received);
                     tokio::select! {
@@ -532,6 +543,17 @@ impl Node {
             let sent = send.write_chunk(Bytes::from_owner(answer)).await;
             sent.map_err(|_| LaneReset::Cancelled)?;
         }
+    }
+
+    /// Answers a probe of the link, behind whatever else there is to send. Nothing is computed for it.
+    async fn answer_probe(&self, send: &mut SendStream, frame: &Buffer) -> Result<(), LaneReset> {
+        let Ok(Message::Probe(probe)) = Message::decode(frame) else { return Err(LaneReset::Frame) };
+        // Bounded when it was decoded.
+        let padding = vec![0; probe.answer_bytes as usize];
+        let probed = Message::Probed(Probed { id: probe.id, padding });
+        let answer = probed.encode(&self.config.pool).map_err(|_| LaneReset::Busy)?;
+        drop(send.set_priority(PROBE_PRIORITY));
+        write_frame(send, answer).await.map_err(|_| LaneReset::Cancelled)
     }
 
     fn hand_over(&self, call: Call, received: Instant) -> oneshot::Receiver<Buffer> {

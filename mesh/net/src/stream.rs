@@ -10,6 +10,9 @@ use mesh_wire::frame::{FrameError, HEADER_BYTES, Header, Op};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use thiserror::Error;
 
+/// QUIC sends streams of a lower priority last: probes of the link behind all calls and replies.
+pub(crate) const PROBE_PRIORITY: i32 = -1;
+
 /// Why no frame came.
 #[derive(Debug, Error)]
 pub(crate) enum ReadFrameError {

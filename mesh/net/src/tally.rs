@@ -37,6 +37,10 @@ pub struct NodeCounters {
     pub cancelled: u64,
     /// Calls lost with their lane or connection.
     pub gone: u64,
+    /// Probes of its link that it answered as it should.
+    pub probes: u64,
+    /// Probes that it answered wrongly or not at all.
+    pub probes_failed: u64,
     /// Connections of this node, counting the present one.
     pub connections: u64,
 }

@@ -5,4 +5,6 @@ mod files;
 mod harness;
 mod helm;
 mod hostile;
+mod leaving;
+mod probes;
 mod trust;

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
+use crate::claims::{Claims, bounded};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Budget, Flaps, Speed, Trust};
 use crate::machine::{Capacity, Machine};
@@ -542,6 +543,7 @@ impl Cluster {
             actions.push(Action::Disconnect(node, reason));
             return;
         }
+        let (hello, claims) = bounded(hello);
         self.outgrow(hello.held_epoch, actions);
         let memory_bytes = hello.memory_bytes;
         let mut link = Link {
@@ -580,6 +582,11 @@ impl Cluster {
             (Some(_), _) => self.plan_wanted = true,
         }
         self.nodes[usize::from(node)].link = Some(link);
+        match claims {
+            Claims::Sound => {}
+            Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
+            Claims::Cut(note) => self.report(node, note, actions),
+        }
     }
 
     /// An earlier router's plan that is older than what a node holds was not its last. It gets an epoch beyond all, and

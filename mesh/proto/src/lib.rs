@@ -10,6 +10,8 @@ pub mod cluster;
 
 pub mod stored;
 
+pub mod claims;
+
 pub mod placement;
 
 pub mod layout;

@@ -247,10 +247,32 @@ pub fn plan(facts: &ModelFacts, nodes: &[Capacity], wishes: &Wishes, previous: O
         previous: previous.map(|plan| &plan.table),
     };
     // Experts that fit a few layers when cut may not fit all of them by a rounding.
-    let (table, cuts) = match layout.table() {
+    let laid_out = match layout.table() {
         Some(table) => (table, outline.cuts),
         None => (Layout { cuts: 1, ..layout.clone() }.table().unwrap_or_else(|| Table::empty(facts)), 1),
     };
+    let settled = nodes.clone();
+    predict(facts, settled, wishes, laid_out)
+}
+
+/// What a split by bandwidth over all nodes would give: to be compared with, where a plan leaves a node out.
+pub fn by_speed(facts: &ModelFacts, nodes: &[Capacity], wishes: &Wishes) -> Plan {
+    let weights: Vec<u64> = nodes.iter().map(|node| u64::from(node.machine.weight_mb_s[0].max(1))).collect();
+    let layout = Layout {
+        facts,
+        nodes,
+        weights: &weights,
+        cuts: 1,
+        copies: 1,
+        router_experts: wishes.router_experts,
+        previous: None,
+    };
+    let table = layout.table().unwrap_or_else(|| Table::empty(facts));
+    predict(facts, nodes.to_vec(), *wishes, (table, 1))
+}
+
+/// A plan with its prediction.
+fn predict(facts: &ModelFacts, nodes: Vec<Capacity>, wishes: Wishes, (table, cuts): (Table, u16)) -> Plan {
     let machines: Vec<_> = nodes.iter().map(|node| (node.node, node.machine)).collect();
     let scene = Scene { facts, router: wishes.router, fallback_mb_s: 0, nodes: &machines };
     let predicted = scene.decode(&table, DRAWS);

@@ -67,7 +67,12 @@ pub(super) fn hub_config(keys: &Keys, listen: SocketAddr) -> HubConfig {
         blocks: 1,
         ..ModelFacts::default()
     };
-    HubConfig { listen, ..HubConfig::new(keys.router.clone(), keys.roster.clone(), facts) }
+    // Raw nodes count streams; who tests probes asks for them.
+    HubConfig {
+        listen,
+        probe_links: false,
+        ..HubConfig::new(keys.router.clone(), keys.roster.clone(), facts)
+    }
 }
 
 pub(super) fn hub(keys: &Keys) -> Hub {

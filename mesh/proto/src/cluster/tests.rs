@@ -388,3 +388,20 @@ fn a_measured_link_counts_before_there_is_history() {
     assert_eq!(before.hedge, crate::health::HEDGE_BEFORE_HISTORY);
     assert_eq!(cluster.budget(0, 1).hedge, Duration::from_millis(150));
 }
+
+#[test]
+fn a_node_that_claims_what_no_machine_has_is_counted_as_a_large_one_and_that_is_said() {
+    let mut cluster = cluster(2);
+    let greedy = Hello { memory_bytes: u64::MAX, weight_mb_s: [u32::MAX; 5], ..hello(0) };
+    let honest = Hello { weight_mb_s: [20_000; 5], ..hello(100) };
+    let actions = cluster.handle(SECOND, Event::Joined(0, greedy));
+    assert!(matches!(&actions[..], [Action::Report(0, note)] if note.contains("claims")), "{actions:?}");
+    let placed = places(&cluster.handle(SECOND, Event::Joined(1, honest)));
+    // Both get a share of the work, as if the first were as fast as machines can be.
+    assert!(placed.len() == 2 && placed.iter().all(|(_, _, experts)| *experts > 0), "{placed:?}");
+    let status = cluster.status(0).unwrap();
+    let counted = status.hello.unwrap();
+    assert_eq!(counted.memory_bytes, crate::claims::MEMORY_BYTES_MAX);
+    assert_eq!(counted.weight_mb_s, [crate::claims::WEIGHT_MB_S_MAX; 5]);
+    assert!(status.note.contains("counted as 16384"), "{}", status.note);
+}

@@ -108,6 +108,35 @@ fn expert_sums_are_within_tolerance_of_native() {
 }
 
 #[test]
+fn slices_of_different_widths_in_one_layer_add_up_within_tolerance() {
+    let mut rng = Rng::new(23);
+    for format in Format::ALL {
+        let (count, hidden, inter) = (5, 128, 300);
+        let experts =
+            [0, 1].map(|_| LogicalExpert::random(&mut rng, format, (hidden, inter), false).packed());
+        let buffer = filled(format, hidden, &rows(&mut rng, count, hidden));
+        let x = Activations::new(format, count, hidden, &buffer).unwrap();
+        let assignments: Vec<Assignment> =
+            (0..10).map(|i| Assignment { row: i / 2, expert: (i % 2) as u16, weight: 0.5 }).collect();
+        let sums = |backend: &dyn Kernels, parts: [(u16, u16); 2]| {
+            let held = (0..).zip(&experts).zip(parts);
+            let held = held.map(|((index, whole), (from, to))| (index, whole.slice(from, to).unwrap()));
+            let (layer, mut wide) = (backend.experts(held.collect(), -16).unwrap(), Vec::new());
+            layer.run_wide(x, &assignments, &mut wide).unwrap();
+            wide.into_iter().map(|v| v as f64).collect::<Vec<f64>>()
+        };
+        let reference = sums(&*native(1), [(0, 3), (0, 3)]);
+        for (way, torch) in ways() {
+            // The narrow one first: what is reserved must do for the widest.
+            let parts = [sums(&torch, [(2, 3), (0, 2)]), sums(&torch, [(0, 2), (2, 3)])];
+            let both: Vec<f64> = parts[0].iter().zip(&parts[1]).map(|(a, b)| a + b).collect();
+            let difference = difference(&both, &reference);
+            assert!(difference <= TOLERANCE[format as usize], "{way} {format}: {difference:.4}");
+        }
+    }
+}
+
+#[test]
 fn dequantized_weights_are_the_nearest_bf16() {
     let mut rng = Rng::new(24);
     for format in [Format::Q4, Format::Q8] {
