@@ -42,6 +42,10 @@ const BETTER: u64 = 3;
 /// Nodes of such models are left out for no less than this, in hundredths.
 const BETTER_LIGHT: u64 = 10;
 
+/// With such models a node counts as at most this many times slower than the fastest: a start-up measurement that was
+/// disturbed can be off by a factor of hundreds.
+const SLOWEST_LIGHT: u128 = 8;
+
 /// What is given for a full set of copies where they are left to the planner, in hundredths of a token's time: a
 /// lost node then costs a retry and not the router's help for as long as it is away.
 const COPIES_WORTH: u64 = 10;
@@ -549,9 +553,10 @@ impl<'a> Search<'a> {
             if open.len() == before {
                 let worth = |node: usize| (time - u128::from(self.costs[node].0)) * rate(node);
                 let most = open.iter().map(|node| worth(*node)).max().unwrap_or(1).max(1);
+                let least = if self.light { WEIGHT_MAX / SLOWEST_LIGHT } else { 0 };
                 for node in open {
                     // A millionth of the best is nothing.
-                    weights[node] = (worth(node) * WEIGHT_MAX / most) as u64;
+                    weights[node] = (worth(node) * WEIGHT_MAX / most).max(least) as u64;
                 }
                 return weights;
             }

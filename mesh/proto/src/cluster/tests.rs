@@ -405,3 +405,92 @@ fn a_node_that_claims_what_no_machine_has_is_counted_as_a_large_one_and_that_is_
     assert_eq!(counted.weight_mb_s, [crate::claims::WEIGHT_MB_S_MAX; 5]);
     assert!(status.note.contains("counted as 16384"), "{}", status.note);
 }
+
+/// A cluster whose router starts again with the plan of `serving`, of epoch 1.
+fn restarted(plan_at_nodes: usize) -> Cluster {
+    let stored = serving().newest().unwrap();
+    let policy = Policy { plan_at_nodes, plan_after: 60 * SECOND, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(4), facts(), policy);
+    cluster.restore(stored);
+    cluster
+}
+
+#[test]
+fn after_a_restart_nodes_are_asked_for_what_they_hold() {
+    let mut cluster = restarted(4);
+    assert_eq!(cluster.handle(SECOND, Event::Tick), [Action::RoutesChanged]);
+    assert_eq!((cluster.epoch(), routed(&cluster, 0)), (1, 0), "nobody is here yet");
+    let back = Hello { held_epoch: 1, ..hello(100) };
+    let actions = cluster.handle(SECOND, Event::Joined(2, back.clone()));
+    let [Action::Place(2, placement)] = &actions[..] else { panic!("{actions:?}") };
+    let before = serving().newest().unwrap();
+    assert_eq!((placement.epoch, &placement.experts), (1, &before.plan.experts(2)));
+    assert_eq!(cluster.handle(SECOND, Event::Placed(2, ack(1))), [Action::RoutesChanged]);
+    assert_eq!(routed(&cluster, 2), 8);
+    // Somebody new does not make those who are late lose theirs.
+    assert_eq!(cluster.handle(2 * SECOND, Event::Joined(3, hello(100))), []);
+    assert_eq!(places(&cluster.handle(3 * SECOND, Event::Joined(0, back.clone()))), [(0, 1, 8)]);
+    cluster.handle(3 * SECOND, Event::Placed(0, ack(1)));
+    let actions = cluster.handle(4 * SECOND, Event::Joined(1, back));
+    let planned: Vec<_> = places(&actions).into_iter().filter(|(_, epoch, _)| *epoch == 2).collect();
+    assert_eq!(planned, [(0, 2, 6), (1, 2, 6), (2, 2, 6), (3, 2, 6)]);
+    assert_eq!(cluster.newest_epoch(), 2);
+}
+
+#[test]
+fn a_restart_with_an_older_plan_goes_beyond_what_nodes_hold() {
+    let mut cluster = restarted(4);
+    cluster.handle(SECOND, Event::Joined(0, Hello { held_epoch: 1, ..hello(100) }));
+    let actions = cluster.handle(SECOND, Event::Joined(1, Hello { held_epoch: 7, ..hello(100) }));
+    assert_eq!(places(&actions), [(0, 8, 8), (1, 8, 8)]);
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    assert_eq!(routed(&cluster, 0), 0, "an answer about the old epoch");
+    cluster.handle(SECOND, Event::Placed(0, ack(8)));
+    cluster.handle(SECOND, Event::Placed(1, ack(8)));
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (8, 8, 8));
+}
+
+#[test]
+fn without_those_who_are_gone_a_new_node_is_planned_for_after_a_while() {
+    let mut cluster = restarted(4);
+    cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    assert_eq!(cluster.handle(SECOND, Event::Joined(3, hello(100))), []);
+    assert_eq!(places(&cluster.handle(60 * SECOND, Event::Tick)), []);
+    assert_eq!(places(&cluster.handle(62 * SECOND, Event::Tick)), [(0, 2, 12), (3, 2, 12)]);
+}
+
+#[test]
+fn a_plan_waits_for_links_to_be_measured_but_not_for_long() {
+    let policy = Policy { measure_within: SECOND, plan_at_nodes: 2, ..Policy::default() };
+    let linked = |node| Event::Linked(node, LinkSpeed { round_trip_us: 200, mb_s: 100 });
+    let joined = || {
+        let mut cluster = Cluster::with_policy(members(2), facts(), policy);
+        cluster.handle(SECOND, Event::Joined(0, hello(100)));
+        assert_eq!(cluster.handle(SECOND, Event::Joined(1, hello(100))), []);
+        assert_eq!(cluster.handle(SECOND, linked(1)), []);
+        cluster
+    };
+    assert_eq!(places(&joined().handle(SECOND, linked(0))), [(0, 1, 12), (1, 1, 12)]);
+    let mut cluster = joined();
+    assert_eq!(cluster.handle(3 * SECOND / 2, Event::Tick), []);
+    assert_eq!(places(&cluster.handle(2 * SECOND, Event::Tick)), [(0, 1, 12), (1, 1, 12)]);
+    assert_eq!(cluster.handle(2 * SECOND, linked(0)), [], "later measurements move nothing");
+}
+
+#[test]
+fn a_node_that_makes_it_slower_is_told_so() {
+    let large = ModelFacts { expert_bytes: 10_000_000, top_k: 8, ..facts() };
+    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(2), large, policy);
+    let with = |mb_s| Hello { memory_bytes: 1 << 40, weight_mb_s: [mb_s; 5], ..hello(0) };
+    cluster.handle(SECOND, Event::Joined(0, with(20_000)));
+    let actions = cluster.handle(SECOND, Event::Joined(1, with(100)));
+    assert!(
+        actions.iter().any(|action| matches!(action, Action::Report(1, note) if note.contains("slower"))),
+        "{actions:?}"
+    );
+    assert_eq!(places(&actions), [(0, 1, 24), (1, 1, 0)]);
+    let outlook = cluster.outlook().unwrap();
+    assert_eq!(outlook.shares.iter().map(|share| share.left_out).collect::<Vec<_>>(), [false, true]);
+    assert_eq!((outlook.epoch, outlook.copies, outlook.unplaced), (1, (1, 1), 0));
+}
