@@ -5,6 +5,7 @@ pub(crate) mod demo;
 pub(crate) mod eval;
 pub(crate) mod node;
 pub(crate) mod nodes;
+pub(crate) mod plan;
 pub(crate) mod reference;
 pub(crate) mod router;
 pub(crate) mod run;

@@ -52,6 +52,8 @@ enum Command {
     Token(commands::token::Options),
     /// Show the nodes of a running router, or shut one out
     Nodes(commands::nodes::Options),
+    /// Say how a cluster would run a model: whether it fits, how fast, and what bounds it
+    Plan(commands::plan::Options),
     /// Run a prompt in one process, without a mesh: the yardstick of every cluster
     Reference(commands::reference::Options),
     /// Measure what a model predicts
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Command::Run(options) => commands::run::run(&options),
         Command::Token(options) => commands::token::run(&options),
         Command::Nodes(options) => commands::nodes::run(&options),
+        Command::Plan(options) => commands::plan::run(&options),
         Command::Reference(options) => commands::reference::run(&options),
         Command::Eval(command) => commands::eval::run(&command),
         Command::Bench(command) => commands::bench::run(&command),

@@ -46,6 +46,21 @@ impl From<PackError> for OpenError {
 }
 
 impl Model {
+    /// Name and shape of a model, from its `config.json` or its synthetic name alone: no weights are needed.
+    ///
+    /// # Errors
+    /// What is wrong with the name or the config.
+    pub fn describe(spec: &str, format: Format) -> Result<(String, ModelConfig), OpenError> {
+        if spec.starts_with(synthetic::PREFIX) {
+            let made = Synthetic::parse(spec, format).map_err(|error| OpenError(error.0))?;
+            return Ok((made.canonical(), made.config().clone()));
+        }
+        let directory = Path::new(spec);
+        let name =
+            directory.file_name().map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned());
+        Ok((name, pack::read_config(directory)?.0))
+    }
+
     /// Opens `spec`: a directory, or `synthetic:<shape>?layers=N&seed=S`. A directory is packed into
     /// `cache/<name>-<hash of the source>/<format>/` unless that is there already.
     pub fn open(

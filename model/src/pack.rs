@@ -37,6 +37,16 @@ const MAX_NAME: usize = 64;
 /// The manifest has all of it and is compared.
 const HASH_DIGITS: usize = 16;
 
+/// The config of the checkpoint in `directory`, and its text.
+pub fn read_config(directory: &Path) -> Result<(ModelConfig, String), PackError> {
+    let config_path = directory.join("config.json");
+    let text = read_limited(&config_path, MAX_CONFIG_BYTES as u64)?;
+    let text = String::from_utf8(text)
+        .map_err(|_| PackError(format!("{} is not UTF-8; download it again", config_path.display())))?;
+    let config = parse::parse(&text).map_err(|error| PackError::config(&config_path, &error))?;
+    Ok((config, text))
+}
+
 /// The packed form of the checkpoint in `directory`, packed now unless `cache` has it.
 pub fn open_or_pack(
     directory: &Path,
@@ -44,11 +54,7 @@ pub fn open_or_pack(
     cache: &Path,
     progress: Progress<'_>,
 ) -> Result<PackedFiles, PackError> {
-    let config_path = directory.join("config.json");
-    let text = read_limited(&config_path, MAX_CONFIG_BYTES as u64)?;
-    let text = String::from_utf8(text)
-        .map_err(|_| PackError(format!("{} is not UTF-8; download it again", config_path.display())))?;
-    let config = parse::parse(&text).map_err(|error| PackError::config(&config_path, &error))?;
+    let (config, text) = read_config(directory)?;
     let checkpoint = Checkpoint::open(directory)?;
     let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
     let memory = identity::Memory { cache, now_s };

@@ -3,7 +3,7 @@
 //! Per layer: attention, gate, one call per node with the rows it must process, the router's own work while the
 //! calls are out (its share of the experts, dense and shared blocks), then the replies are added up. The sum over
 //! experts is an integer sum, so it does not matter who computed what or who answered first; an expert whose node
-//! fails is computed here instead, and the step goes on with the same bits.
+//! fails is computed by another or here, and the step goes on with the same bits.
 //!
 //! A step with many rows is cut into parts that take turns: while the nodes compute the experts of one part, the
 //! router is busy with the attention of the next. A part's attention in a layer runs after that of the part before
@@ -26,7 +26,7 @@ use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
 use crate::cost::{StepCost, lap};
-use crate::dispatch::{Busy, Dispatch, Flight, PlacesView, Shape};
+use crate::dispatch::{Busy, Dispatch, Flight, LayerError, PlacesView, Shape};
 use crate::metrics::Metrics;
 
 /// Rows from which a step over nodes is cut into parts: below, an expert has so few rows that reading its weights
@@ -46,9 +46,9 @@ pub enum ForwardError {
     /// The router's own stages; `DecodeError::NotFinite` names the row whose request must end.
     #[error(transparent)]
     Decode(#[from] DecodeError),
-    /// An expert that no node answers for cannot be computed here either.
+    /// Experts cannot be computed.
     #[error(transparent)]
-    Home(#[from] HomeError),
+    Layer(LayerError),
 }
 
 /// The rows of one step.
@@ -69,8 +69,9 @@ pub enum Experts {
     Here,
     /// On nodes; here only those of nodes that fail.
     Nodes(Arc<Hub>),
-    /// On both, every layer's rows shared out so that all finish together. Takes memory for all of them here.
-    Shared(Arc<Hub>),
+    /// On both: the first so many experts of every layer are held here, too, and every layer's rows are shared out so
+    /// that all finish together. Takes memory for them.
+    Shared(Arc<Hub>, u16),
 }
 
 /// The model as the router runs it.
@@ -82,7 +83,8 @@ pub struct Forward {
     experts: Remote,
     kv_block_bytes: u64,
     weight_bytes: u64,
-    resident: bool,
+    /// Experts per layer that are held here from the start.
+    resident: u16,
 }
 
 /// The way to the experts.
@@ -129,11 +131,12 @@ impl Forward {
     ) -> Result<Forward, LoadError> {
         let decoder = Decoder::load(&model, &*kernels, native)?;
         // Mapped: only those of a node that fails are used.
-        let (residency, hub, replicated) = match experts {
-            Experts::Here => (Residency::Resident, None, false),
-            Experts::Nodes(hub) => (Residency::Mapped, Some(hub), false),
-            Experts::Shared(hub) => (Residency::Resident, Some(hub), true),
+        let (residency, hub, resident) = match experts {
+            Experts::Here => (Residency::Resident, None, u16::MAX),
+            Experts::Nodes(hub) => (Residency::Mapped, Some(hub), 0),
+            Experts::Shared(hub, resident) => (Residency::Mapped, Some(hub), resident),
         };
+        let replicated = hub.is_some() && usize::from(resident) >= model.config.moe.experts;
         let expert_bytes = model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64;
         let shape = Shape { format: model.format, expert_bytes };
         Ok(Forward {
@@ -141,7 +144,7 @@ impl Forward {
             weight_bytes: weight_bytes(&model),
             kv: KvCache::new(&model.config, model.format, kv_blocks),
             parts: (0..*PARTS.end()).map(|_| Part::new(model.format)).collect(),
-            resident: residency == Residency::Resident,
+            resident,
             experts: Remote {
                 dispatch: Dispatch::new(hub, shape, replicated),
                 home: Home::new(model, kernels, residency),
@@ -161,12 +164,17 @@ impl Forward {
     /// # Errors
     /// The first expert that cannot be had.
     pub fn preload(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), HomeError> {
-        if self.resident {
+        if self.resident > 0 {
             let Remote { home, dispatch } = &mut self.experts;
-            home.load_all(progress)?;
+            home.load_resident(self.resident, progress)?;
             dispatch.set_own_speed(&home.weight_mb_s()?);
         }
         Ok(())
+    }
+
+    /// Whether experts that no node can be asked for may be computed here, from mapped files.
+    pub fn set_fallback(&mut self, fallback: bool) {
+        self.experts.dispatch.set_fallback(fallback);
     }
 
     /// Counts calls in `metrics`.
@@ -276,10 +284,12 @@ impl Forward {
                 time: started.map_or(Duration::ZERO, |started| started.elapsed()) + *busy,
                 overlapped: started.is_some(),
             };
-            dispatch.send(layer, work, (flight, own), cost);
+            dispatch.send(layer, work, (flight, own), cost).map_err(|error| of_step(error, *first_row))?;
             lap(&mut clock, &mut cost.send);
             let computing = clock;
-            home.add(layer, work.input.view(), flight.at_home(), sums)?;
+            dispatch
+                .compute(layer, (work, flight), (home, sums))
+                .map_err(|error| of_step(error, *first_row))?;
             lap(&mut clock, &mut cost.experts);
             dispatch.computed_here(flight, clock - computing);
         }
@@ -293,10 +303,12 @@ impl Forward {
     /// Ends a layer of one part: waits for its calls and adds everything up.
     fn settle(&mut self, layer: usize, index: usize, cost: &mut StepCost) -> Result<(), ForwardError> {
         let Forward { decoder, parts, experts, .. } = self;
-        let Part { work, flight, sums, .. } = &mut parts[index];
+        let Part { first_row, work, flight, sums, .. } = &mut parts[index];
         let Remote { home, dispatch } = experts;
         if decoder.is_moe(layer) {
-            dispatch.collect(layer, (work, flight), (home, sums), cost)?;
+            dispatch
+                .collect(layer, (work, flight), (home, sums), cost)
+                .map_err(|error| of_step(error, *first_row))?;
         }
         let mut clock = Instant::now();
         decoder.finish(layer, sums, work);
@@ -342,6 +354,17 @@ fn in_step(error: DecodeError, first_row: usize) -> DecodeError {
         }
         other @ DecodeError::Kernel(_) => other,
     }
+}
+
+/// The same for a layer that cannot be computed.
+fn of_step(error: LayerError, first_row: usize) -> ForwardError {
+    ForwardError::Layer(match error {
+        LayerError::Unreachable(mut experts) => {
+            experts.rows.iter_mut().for_each(|row| *row += first_row as u32);
+            LayerError::Unreachable(experts)
+        }
+        other @ LayerError::Home(_) => other,
+    })
 }
 
 #[cfg(test)]

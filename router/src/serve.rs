@@ -5,16 +5,22 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
+use mesh_proto::machine::Machine;
+use mesh_proto::placement::{Copies, Outlook, Share, Wishes};
+use mesh_proto::routes::Routes;
+use model::config::ModelConfig;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
+use model::home;
 use model::kernel::Kernels;
+use model::kernel::measure::ROWS;
 use model::kernel::native::Native;
 use model::kernel::native::kv::{KV_BLOCK, KvCache};
 use model::open::Model;
@@ -28,9 +34,12 @@ use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
 use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
-use crate::request::{EngineFacts, EngineHandle};
+use crate::request::{EngineFacts, EngineHandle, GenerateError, name_experts};
 use crate::scheduler::LimitsError;
 use crate::share::Place;
+
+/// How long a plan waits for the link of a node that just joined to be measured.
+const MEASURE_WITHIN: Duration = Duration::from_millis(500);
 
 /// Longest time that running sequences get to finish when the router stops.
 const DRAIN_WITHIN: Duration = Duration::from_secs(30);
@@ -40,8 +49,10 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 pub struct RouterConfig {
     /// The mesh; `None` computes every expert in this process.
     pub mesh: Option<MeshConfig>,
-    /// Whether the router holds every expert too, and computes its share of each layer.
-    pub replicate: bool,
+    /// Which experts the router holds besides the nodes, to compute its share of each layer.
+    pub resident: Resident,
+    /// Whether the router computes experts that no node can be asked for, from its packed model.
+    pub fallback: bool,
     /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
     pub memory_bytes: Option<u64>,
     /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
@@ -66,6 +77,32 @@ pub struct RouterConfig {
     pub sequences: usize,
 }
 
+/// Which experts a router of a mesh holds in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resident {
+    /// None; what no node computes is read from the files.
+    None,
+    /// As many of every layer as fit in so many bytes.
+    Bytes(u64),
+    /// All.
+    All,
+}
+
+impl Resident {
+    /// Experts of every layer.
+    pub fn per_layer(self, facts: &ModelFacts) -> u16 {
+        let layer = facts.expert_bytes * facts.moe_layers.len() as u64;
+        match self {
+            Resident::None => 0,
+            Resident::Bytes(bytes) => {
+                let fit = bytes.checked_div(layer).unwrap_or(0);
+                u16::try_from(fit).unwrap_or(u16::MAX).min(facts.experts)
+            }
+            Resident::All => facts.experts,
+        }
+    }
+}
+
 /// The router's side of the mesh.
 #[derive(Clone, Debug)]
 pub struct MeshConfig {
@@ -79,6 +116,10 @@ pub struct MeshConfig {
     pub wait: Duration,
     /// Watch for replies this long before sleeping.
     pub spin: Duration,
+    /// Holders that each expert shall have.
+    pub copies: Copies,
+    /// Whether experts may be cut.
+    pub slices: bool,
 }
 
 /// Why a router does not start.
@@ -120,8 +161,9 @@ pub enum RouterError {
     },
     /// Not enough memory for all experts beside everything else.
     #[error(
-        "holding every expert takes {needed} MB of memory here ({experts} MB of them experts), available are \
-         {available} MB; start the router without --replicate all, with a smaller --kv-memory, or with --weights q4"
+        "the experts that the router is to hold take {experts} MB and all weights with the KV cache {needed} MB, \
+         available are {available} MB; start it without --replicate all, or with less --memory or --kv-memory, or with \
+         --weights q4"
     )]
     Memory {
         /// Megabytes of weights and KV cache.
@@ -178,7 +220,8 @@ pub async fn run(
     let bound =
         TcpListener::bind(config.http).await.and_then(|listener| Ok((listener.local_addr()?, listener)));
     let (address, listener) = bound.map_err(|source| RouterError::Bind { address: config.http, source })?;
-    let hub = start_hub(&config)?;
+    let own = measure_own(&config).await?;
+    let hub = start_hub(&config, own)?;
     let mesh = hub.as_ref().map(|hub| hub.local_addr());
     let _admin = serve_operator(&config, hub.as_ref())?;
     reached(Milestone::Listening { mesh, http: address });
@@ -211,7 +254,16 @@ pub async fn run(
         nodes = wait_for_nodes(&config, hub.clone()) => nodes,
         () = &mut stop => return Ok(()),
     };
-    let view = ClusterView { hub: hub.clone(), status, places, engine: handle.clone() };
+    let view = ClusterView {
+        hub: hub.clone(),
+        status,
+        places,
+        engine: handle.clone(),
+        own,
+        // Then every expert is within reach, always.
+        reachable: config.fallback || config.resident == Resident::All || hub.is_none(),
+        unreachable: Mutex::default(),
+    };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
@@ -256,18 +308,39 @@ pub fn open_prompt(model: &Model) -> Result<Prompt, PromptError> {
     }
 }
 
-fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
+/// How fast this machine streams experts, which is about how fast it streams the router's own weights; zeros without
+/// a mesh, where nothing is planned.
+async fn measure_own(config: &RouterConfig) -> Result<[u32; ROWS.len()], RouterError> {
+    if config.mesh.is_none() {
+        return Ok([0; ROWS.len()]);
+    }
+    let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
+    let measured = tokio::task::spawn_blocking(move || home::weight_mb_s(&model, &*kernels)).await;
+    let measured = measured.map_err(|error| RouterError::Start(error.to_string()))?;
+    measured.map_err(|error| RouterError::Start(format!("measure this machine: {error}")))
+}
+
+fn start_hub(config: &RouterConfig, weight_mb_s: [u32; ROWS.len()]) -> Result<Option<Arc<Hub>>, RouterError> {
     let Some(mesh) = &config.mesh else { return Ok(None) };
     let facts = model_facts(&config.model);
+    let wishes = Wishes {
+        copies: mesh.copies,
+        slices: mesh.slices,
+        router_experts: config.resident.per_layer(&facts),
+        router: Machine { weight_mb_s, ..Machine::default() },
+    };
     let policy = Policy {
         plan_at_nodes: mesh.expect.unwrap_or(usize::MAX),
         plan_after: mesh.wait,
         require_exact: config.require_exact,
+        measure_within: MEASURE_WITHIN,
+        wishes,
     };
     let hub = HubConfig {
         listen: mesh.listen,
         policy,
         spin: mesh.spin,
+        placement_file: mesh.authority.folder().map(|folder| folder.join("placement")),
         ..HubConfig::new(Arc::clone(&mesh.authority), facts)
     };
     Ok(Some(Arc::new(Hub::start(hub)?)))
@@ -292,16 +365,24 @@ fn serve_operator(config: &RouterConfig, hub: Option<&Arc<Hub>>) -> Result<Optio
 
 /// What the mesh has to know of a model.
 pub fn model_facts(model: &Model) -> ModelFacts {
+    ModelFacts { fingerprint: model.fingerprint, ..shape_facts(&model.config, model.format) }
+}
+
+/// The same of a model whose weights are not here; its fingerprint is zero.
+pub fn shape_facts(config: &ModelConfig, format: Format) -> ModelFacts {
+    let expert = |inter| format.expert_bytes(config.hidden, inter) as u64;
     ModelFacts {
-        fingerprint: model.fingerprint,
-        moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
-        experts: model.config.moe.experts as u16,
-        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
-        top_k: model.config.moe.top_k as u16,
-        blocks: model.config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
-        hidden: model.config.hidden as u32,
-        int8_rows: model.format.is_quantized(),
-        router_bytes: model.config.token_bytes(model.format).router,
+        fingerprint: [0; 32],
+        moe_layers: config.moe_layers().map(|layer| layer as u16).collect(),
+        experts: config.moe.experts as u16,
+        expert_bytes: expert(config.moe.inter),
+        top_k: config.moe.top_k as u16,
+        blocks: config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
+        block_bytes: expert(config.moe.inter.min(COMBINE_BLOCK)),
+        hidden: config.hidden as u32,
+        int8_rows: format.is_quantized(),
+        router_bytes: config.token_bytes(format).router,
+        head_bytes: format.matrix_bytes(config.vocab, config.hidden) as u64,
     }
 }
 
@@ -316,11 +397,12 @@ fn kv_blocks(config: &RouterConfig) -> Result<usize, RouterError> {
     }
 }
 
-/// Whether all experts fit, where they are to be held.
+/// Whether the experts that are to be held fit.
 fn check_memory(config: &RouterConfig) -> Result<(), RouterError> {
-    let (Some(available), true) = (config.memory_bytes, config.replicate) else { return Ok(()) };
     let facts = model_facts(&config.model);
-    let experts = facts.moe_layers.len() as u64 * u64::from(facts.experts) * facts.expert_bytes;
+    let per_layer = u64::from(config.resident.per_layer(&facts));
+    let (Some(available), true) = (config.memory_bytes, per_layer > 0) else { return Ok(()) };
+    let experts = facts.moe_layers.len() as u64 * per_layer * facts.expert_bytes;
     let router = config.model.config.token_bytes(config.model.format).router;
     let needed = experts + router + config.kv_bytes;
     if needed <= available {
@@ -339,10 +421,13 @@ fn load(
     let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if config.replicate => Experts::Shared(hub),
-        Some(hub) => Experts::Nodes(hub),
+        Some(hub) => match config.resident.per_layer(&model_facts(&config.model)) {
+            0 => Experts::Nodes(hub),
+            resident => Experts::Shared(hub, resident),
+        },
     };
     let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
+    forward.set_fallback(config.fallback);
     forward.preload(progress).map_err(|error| RouterError::Start(error.to_string()))?;
     let facts = EngineFacts {
         context: config.model.config.context,
@@ -368,7 +453,10 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
         });
         if !came {
             tracing::warn!("not all of {wanted} nodes came within {} s; going on", wait.as_secs());
-            hub.plan_now();
+            // An earlier plan stays: who is missing may only be late.
+            if hub.routes().epoch == 0 {
+                hub.plan_now();
+            }
         }
         hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| {
             // With nobody here there is nothing to wait for: whoever comes later is planned for then.
@@ -398,38 +486,100 @@ struct ClusterView {
     status: StatusView,
     places: PlacesView,
     engine: EngineHandle,
+    /// What the router measured of itself.
+    own: [u32; ROWS.len()],
+    /// Whether the router can compute every expert.
+    reachable: bool,
+    /// By the routes it was found in: the experts that nobody can compute.
+    unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
+}
+
+impl ClusterView {
+    /// The experts that nobody can compute at the moment, named; looked for once per table.
+    fn unreachable(&self) -> Option<String> {
+        let hub = self.hub.as_ref().filter(|_| !self.reachable)?;
+        let routes = hub.routes();
+        let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {
+            return named.clone();
+        }
+        let nobodys = routes.table.all().filter(|(_, part)| part.holders.is_empty());
+        let mut keys: Vec<(u16, u16)> = nobodys.map(|(key, _)| (key.layer, key.expert)).collect();
+        keys.dedup();
+        let named = (!keys.is_empty()).then(|| name_experts(keys.into_iter()));
+        *known = Some((routes, named.clone()));
+        named
+    }
 }
 
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
         let places = self.places.read();
-        let nodes = self.hub.iter().flat_map(|hub| hub.nodes());
-        let nodes: Vec<_> = (1..).zip(nodes).collect();
+        let outlook = self.hub.as_ref().and_then(|hub| hub.outlook());
+        let nodes: Vec<NodeStatus> = self.hub.iter().flat_map(|hub| hub.nodes()).collect();
+        let planned = |node: usize| {
+            let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
+            shares.copied().find(|share| usize::from(share.node) == node)
+        };
+        let mut router = router_json(&self.status.read(), places.first());
+        if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
+            router["weight_mb_s"] = json!(self.own);
+        }
+        let counters = || nodes.iter().map(|node| &node.counters);
+        router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
+        router["stale"] = counters().map(|counters| counters.stale).sum::<u64>().into();
         // A revoked machine's row gives way to the one that has its name now.
         let is_shadow = |row: &NodeStatus| {
             let same = |other: &NodeStatus| other.name == row.name && other.id != row.id;
-            row.cluster.state == NodeState::Revoked && nodes.iter().any(|(_, other)| same(other))
+            row.cluster.state == NodeState::Revoked && nodes.iter().any(same)
         };
-        let shown = nodes.iter().filter(|(_, node)| !is_shadow(node));
-        let nodes: Vec<Value> = shown.map(|(place, node)| node_json(node, places.get(*place))).collect();
-        json!({"nodes": nodes, "router": router_json(&self.status.read(), places.first())})
+        let shown = (0..).zip(&nodes).filter(|(_, node)| !is_shadow(node));
+        let nodes: Vec<Value> =
+            shown.map(|(index, node)| node_json(node, places.get(index + 1), planned(index))).collect();
+        json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
     }
 
     fn trouble(&self) -> Option<String> {
-        self.engine.is_closed().then(|| "the engine has ended; restart the router".to_owned())
+        if self.engine.is_closed() {
+            return Some("the engine has ended; restart the router".to_owned());
+        }
+        let experts = self.unreachable()?;
+        let serving = |node: &NodeStatus| node.cluster.state == NodeState::Serving;
+        if !self.hub.iter().flat_map(|hub| hub.nodes()).any(|node| serving(&node)) {
+            return Some(
+                "no node serves, and the router computes no experts itself (--no-fallback)".to_owned(),
+            );
+        }
+        Some(GenerateError::ExpertsUnavailable { experts }.to_string())
+    }
+
+    fn refusal(&self) -> Option<GenerateError> {
+        self.unreachable().map(|experts| GenerateError::ExpertsUnavailable { experts })
     }
 
     fn refresh(&self, metrics: &Metrics) {
         for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
             if node.cluster.state != NodeState::Revoked {
                 metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+                metrics.node_nonsense(&node.name, node.counters.rejected, node.counters.stale);
             }
         }
     }
 }
 
-/// What is known of a node; `place` is what the router has learned of its speed.
-fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
+/// The plan in use, to be compared with what is measured.
+fn plan_json(outlook: &Outlook) -> Value {
+    json!({
+        "epoch": outlook.epoch,
+        "predicted_tok_s": 1e9 / outlook.token_ns.max(1) as f64,
+        "copies": outlook.copies.0,
+        "copies_max": outlook.copies.1,
+        "unplaced": outlook.unplaced,
+    })
+}
+
+/// What is known of a node; `place` is what the router has learned of its speed, `planned` what it is to do.
+fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -> Value {
     let (status, counters) = (&node.cluster, &node.counters);
     let micros = |time: Option<Duration>| time.map_or(0, |time| time.as_micros() as u64);
     let hello = status.hello.as_ref();
@@ -456,12 +606,16 @@ fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
         "gone": counters.gone,
         "refused": counters.refused,
         "rejected": counters.rejected,
+        "malformed": counters.rejected,
+        "hedged": counters.hedged,
         "stale": counters.stale,
         "connections": counters.connections,
         "service_us": micros(status.call_means.map(|means| means.0)),
         "round_trip_us": micros(status.call_means.map(|means| means.1)),
         "path_rtt_us": micros(node.path_rtt),
-        "link": json!({ "round_trip_us": status.link.round_trip_us, "mb_s": status.link.mb_s }),
+        "link": {"round_trip_us": status.link.round_trip_us, "mb_s": status.link.mb_s},
+        "planned_share": planned.map(|planned| planned.share),
+        "left_out": planned.is_some_and(|planned| planned.left_out),
         "probes": counters.probes,
         "probes_failed": counters.probes_failed,
         "correction": place.map(|place| place.learned.corrections()),
@@ -481,6 +635,9 @@ fn router_json(status: &EngineStatus, place: Option<&Place>) -> Value {
         "preemptions": status.preemptions,
         "calls": cost.calls,
         "fallbacks": cost.fallbacks,
+        "hedges": cost.hedges,
+        "hedges_won": cost.hedges_won,
+        "retries": cost.retries,
         "bytes_out": cost.bytes_out,
         "bytes_in": cost.bytes_in,
         "home_bytes": status.home_bytes,

@@ -24,7 +24,7 @@ use router::serve::model_facts;
 use tokio::sync::mpsc::Receiver;
 
 /// Longest wait for the nodes to serve, on a machine that is busy with other tests.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// How the router's engine is set up.
 #[derive(Clone, Copy, Debug)]
@@ -81,20 +81,8 @@ impl Cluster {
 
     /// As `start`, with other kernels in the nodes, which may be inexact.
     pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
-        let authority = Arc::new(Authority::in_memory().expect("keys"));
-        let join = |index: usize| {
-            let identity = Identity::generate().expect("a key");
-            let machine = authority.admit(&format!("node-{index}"), identity.id()).expect("a free name");
-            let (cluster, router) = (authority.cluster(), authority.identity().id());
-            let admission = Admission { cluster, router, name: machine.name, addresses: Vec::new() };
-            Arc::new(Membership::in_memory(identity, admission))
-        };
-        let memberships: Vec<_> = (0..shape.nodes).map(join).collect();
-        let require_exact = kernels().exact();
-        let policy = Policy { plan_at_nodes: shape.nodes, require_exact, ..Policy::default() };
-        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let config = HubConfig { listen, policy, ..HubConfig::new(authority, model_facts(model)) };
-        let hub = Arc::new(Hub::start(config).expect("the hub starts"));
+        let policy = Policy { require_exact: kernels().exact(), ..Policy::default() };
+        let (hub, memberships) = start_hub(model, shape.nodes, policy);
         let start = |membership| start_node(model, membership, hub.local_addr(), kernels());
         let nodes: Vec<_> = memberships.into_iter().map(|membership| Some(start(membership))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
@@ -116,17 +104,47 @@ impl Cluster {
     }
 }
 
+/// A hub with so many members, and what makes nodes of them. Its first plan waits for all of them.
+pub fn start_hub(model: &Arc<Model>, nodes: usize, policy: Policy) -> (Arc<Hub>, Vec<Arc<Membership>>) {
+    let authority = Arc::new(Authority::in_memory().expect("keys"));
+    let memberships = (0..nodes).map(|index| member(&authority, index)).collect();
+    let policy = Policy { plan_at_nodes: nodes, ..policy };
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let config = HubConfig { listen, policy, ..HubConfig::new(authority, model_facts(model)) };
+    (Arc::new(Hub::start(config).expect("the hub starts")), memberships)
+}
+
+/// A machine that has joined.
+fn member(authority: &Authority, index: usize) -> Arc<Membership> {
+    let identity = Identity::generate().expect("a key");
+    let machine = authority.admit(&format!("node-{index}"), identity.id()).expect("a free name");
+    let (cluster, router) = (authority.cluster(), authority.identity().id());
+    let admission = Admission { cluster, router, name: machine.name, addresses: Vec::new() };
+    Arc::new(Membership::in_memory(identity, admission))
+}
+
 /// An engine on a thread of its own, as the router has it.
 pub fn start_engine(model: &Arc<Model>, shape: Shape, hub: Option<Arc<Hub>>) -> (EngineHandle, StatusView) {
+    start_engine_with(model, shape, hub, true)
+}
+
+/// As `start_engine`; `fallback`: whether the router computes what no node can be asked for.
+pub fn start_engine_with(
+    model: &Arc<Model>,
+    shape: Shape,
+    hub: Option<Arc<Hub>>,
+    fallback: bool,
+) -> (EngineHandle, StatusView) {
     let native = native();
     let kernels = Arc::<Native>::clone(&native);
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if shape.replicate => Experts::Shared(hub),
+        Some(hub) if shape.replicate => Experts::Shared(hub, u16::MAX),
         Some(hub) => Experts::Nodes(hub),
     };
     let mut forward =
         Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, experts).expect("weights load");
+    forward.set_fallback(fallback);
     if shape.replicate {
         forward.preload(&mut |_, _| ()).expect("experts load");
     }

@@ -1,7 +1,7 @@
 //! The router's side: a thread that keeps the nodes connected and carries calls for the compute thread.
 //!
 //! The compute thread is synchronous. It reads the routes (one short read lock), asks for a budget, hands calls to
-//! `send` and waits for each `PendingCall`. A current-thread tokio runtime accepts connections, runs one task per
+//! `send` and waits for any `PendingCall`. A current-thread tokio runtime accepts connections, runs one task per
 //! lane, and drives the cluster's pure logic: whatever happens is fed to `Cluster::handle`, and its actions are
 //! carried out. Nothing else decides about placement or trust.
 //!
@@ -14,6 +14,7 @@
 //! nodes. Of two processes with one key it keeps the one that is alive and was first.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -21,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::cluster::{self, Action, Cluster, Event, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::health::Budget;
+use mesh_proto::placement::Outlook;
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
 use mesh_wire::call::OutgoingCall;
@@ -42,6 +45,7 @@ pub use crate::lane::Lane;
 use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
 use crate::membership;
 use crate::pending::{CallError, PendingCall, Slot};
+use crate::plan_file::PlanFile;
 use crate::roster::{Machine, Roster};
 use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
 use crate::tally::Feed;
@@ -72,6 +76,8 @@ pub struct HubConfig {
     pub spin: Duration,
     /// Bytes of frames that may be under way.
     pub pool_bytes_max: usize,
+    /// Where plans are kept, so that nodes keep their shards when the router starts again.
+    pub placement_file: Option<PathBuf>,
     /// Whether the links to the nodes are measured, when they join and every minute.
     pub probe_links: bool,
 }
@@ -92,6 +98,7 @@ impl HubConfig {
             policy: Policy::default(),
             spin: Duration::ZERO,
             pool_bytes_max: HubConfig::POOL_BYTES_MAX,
+            placement_file: None,
             probe_links: true,
         }
     }
@@ -162,6 +169,7 @@ struct Shared {
     started: Instant,
     cluster: Mutex<Cluster>,
     changed: Condvar,
+    plan_file: Option<Arc<PlanFile>>,
     routes: RwLock<Arc<Routes>>,
     pool: Pool,
     doorway: Mutex<Doorway>,
@@ -233,10 +241,14 @@ impl Hub {
     }
 
     /// How long a call with this many assignments may take at this node now, given what is already out to it.
-    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
-        let seat = self.shared.seats.at(node);
-        let out = seat.map_or(0, |seat| seat.tally.outstanding());
+    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Budget {
+        let out = self.outstanding(node);
         self.shared.cluster().budget(node, assignments.saturating_add(out))
+    }
+
+    /// Assignments that are out to this node.
+    pub fn outstanding(&self, node: NodeIndex) -> u32 {
+        self.shared.seats.at(node).map_or(0, |seat| seat.tally.outstanding())
     }
 
     /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. A decode call has left the machine when
@@ -260,6 +272,13 @@ impl Hub {
             None => drop(slot.complete(Err(CallError::Gone))),
         }
         pending
+    }
+
+    /// Counts a call of this node that others were asked to answer as well.
+    pub fn note_hedged(&self, node: NodeIndex) {
+        if let Some(seat) = self.shared.seats.at(node) {
+            seat.tally.update(|counters| counters.hedged += 1);
+        }
     }
 
     /// Waits until at least `nodes` nodes are connected and everyone who is part of the plan serves it.
@@ -292,6 +311,11 @@ impl Hub {
     pub fn plan_now(&self) {
         // A full queue holds sixteen such commands; closed, there is nobody to plan for.
         drop(self.commands.try_send(Command::Feed(Event::Plan)));
+    }
+
+    /// The plan in use, in short.
+    pub fn outlook(&self) -> Option<Outlook> {
+        self.shared.cluster().outlook()
     }
 
     /// The cluster's keys, roster and tokens.
@@ -378,6 +402,7 @@ impl Drop for Hub {
 impl Shared {
     fn new(config: HubConfig) -> Shared {
         let cluster = Cluster::with_policy(Vec::new(), config.facts, config.policy);
+        let plan_file = config.placement_file.map(|path| Arc::new(PlanFile::new(path)));
         let routes = RwLock::new(cluster.routes());
         let shared = Shared {
             authority: config.authority,
@@ -385,6 +410,7 @@ impl Shared {
             started: Instant::now(),
             cluster: Mutex::new(cluster),
             changed: Condvar::new(),
+            plan_file,
             routes,
             pool: Pool::new(config.pool_bytes_max),
             doorway: Mutex::new(Doorway::new(tokio::time::Instant::now())),
@@ -397,7 +423,18 @@ impl Shared {
             closing: AtomicBool::new(false),
         };
         shared.seat_newcomers(shared.authority.roster().roster());
+        shared.take_up_plan();
         shared
+    }
+
+    /// Goes on with the plan of the router's last run, if there is one and its machines are still members.
+    fn take_up_plan(&self) {
+        let Some(file) = &self.plan_file else { return };
+        let mut cluster = self.cluster();
+        let Some(stored) = file.read(cluster.facts(), cluster.members()) else { return };
+        tracing::info!(epoch = stored.epoch, "the last plan is taken up again");
+        cluster.restore(stored);
+        *self.routes.write().unwrap_or_else(PoisonError::into_inner) = cluster.routes();
     }
 
     /// Gives a seat to every machine of the roster that has none.
@@ -451,6 +488,20 @@ impl Shared {
         }
     }
 
+    /// Keeps a new plan for the next start.
+    fn keep_plan(&self, file: &Arc<PlanFile>) {
+        let cluster = self.cluster();
+        let Some(stored) = cluster.newest() else { return };
+        let (facts, members) = (cluster.facts().clone(), cluster.members().to_vec());
+        drop(cluster);
+        let file = Arc::clone(file);
+        let write = move || file.write(stored.epoch, &stored.to_text(&facts, &members));
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(write)),
+            Err(_) => write(),
+        }
+    }
+
     fn cluster(&self) -> MutexGuard<'_, Cluster> {
         self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -491,7 +542,15 @@ impl Shared {
 impl Feed for Shared {
     fn feed(&self, event: Event) {
         let quiet = matches!(event, Event::Answered { .. } | Event::Tick);
-        let actions = self.cluster().handle(self.started.elapsed(), event);
+        let (actions, planned) = {
+            let mut cluster = self.cluster();
+            let before = cluster.newest_epoch();
+            let actions = cluster.handle(self.started.elapsed(), event);
+            (actions, cluster.newest_epoch() > before)
+        };
+        if let Some(file) = self.plan_file.as_ref().filter(|_| planned) {
+            self.keep_plan(file);
+        }
         let wake = !quiet || !actions.is_empty();
         for action in actions {
             self.carry_out(action);

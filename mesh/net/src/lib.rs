@@ -19,6 +19,8 @@ mod link;
 
 mod lane;
 
+mod plan_file;
+
 mod probe;
 
 pub mod station;

@@ -13,7 +13,7 @@ use mesh_proto::cluster::Event;
 use mesh_proto::routes::NodeIndex;
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::control::Hello;
-use mesh_wire::frame::Op;
+use mesh_wire::frame::{FrameError, Op};
 use mesh_wire::message::Message;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::{mpsc, watch};
@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout};
 use crate::endpoint::Close;
 use crate::lane::{Lane, Queue, Worker};
 use crate::probe::Prober;
-use crate::stream::{read_frame, write_frame};
+use crate::stream::{ReadFrameError, read_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
 /// Time a connected node has to introduce itself.
@@ -194,6 +194,7 @@ impl Session {
             tally: Arc::clone(&self.tally),
             pool: self.pool.clone(),
             feed: Arc::clone(&self.feed),
+            stale: 0,
         }
     }
 }
@@ -201,7 +202,7 @@ impl Session {
 /// What a node may say on its control stream after its hello.
 const HEARD: [Op; 5] = [Op::Placed, Op::Health, Op::Pong, Op::Leaving, Op::Goodbye];
 
-/// Reads what the node says until there is no more.
+/// Reads what the node says until there is no more. What no correct node says is told to the cluster's logic.
 async fn listen(
     node: NodeIndex,
     recv: &mut RecvStream,
@@ -214,7 +215,13 @@ async fn listen(
         let frame = match read_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return "it closed its control stream".to_owned(),
-            Err(error) => return format!("its control stream broke: {error}"),
+            Err(error) => {
+                if matches!(&error, ReadFrameError::Frame(error) if !matches!(error, FrameError::PoolExhausted(_)))
+                {
+                    feed.feed(Event::Malformed(node));
+                }
+                return format!("its control stream broke: {error}");
+            }
         };
         match Message::decode(&frame) {
             Ok(Message::Placed(placed)) => feed.feed(Event::Placed(node, placed)),
@@ -236,8 +243,14 @@ async fn listen(
                 link.answered.send_replace(asked);
             }
             Ok(Message::Goodbye(goodbye)) => return format!("it said goodbye: {}", goodbye.reason),
-            Ok(_) => return "it said what only a router says".to_owned(),
-            Err(error) => return format!("a message of its was refused: {error}"),
+            Ok(_) => {
+                feed.feed(Event::Malformed(node));
+                return "it said what only a router says".to_owned();
+            }
+            Err(error) => {
+                feed.feed(Event::Malformed(node));
+                return format!("a message of its was refused: {error}");
+            }
         }
     }
 }

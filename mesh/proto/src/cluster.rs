@@ -4,8 +4,8 @@
 //! that is true at every moment (`Routes`), and every change of it must leave a state in which each call can be
 //! answered. The idea is two plans at most: the one in use and the next. Nodes serve both; the next one comes into
 //! use when every node of it that is still here has answered, so no expert is unserved because of a change. All
-//! else is a filter over the plan in use: an expert is routed to its owner while that node is connected, has
-//! acknowledged this epoch, and is not suspect; else the router computes it.
+//! else is a filter over the plan in use: an expert is routed to its holders while they are connected, have
+//! acknowledged this epoch, and are neither suspect nor on their way out; without any the router computes it.
 //!
 //! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
 //! a node that joins during a change waits for the next one. This module refuses to move experts because a node was
@@ -18,9 +18,11 @@ use mesh_wire::control::{Health, Hello, Placed, Placement};
 
 use crate::claims::{Claims, bounded};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
-use crate::health::{Speed, Trust};
-use crate::placement::{Capacity, Plan, plan};
+use crate::health::{Budget, Flaps, Speed, Trust};
+use crate::machine::{Capacity, Machine};
+use crate::placement::{Outlook, Plan, Wishes, plan};
 use crate::routes::{NodeIndex, Routes, Table};
+use crate::stored::Stored;
 
 /// Longest wait of a new plan for a connected node that does not answer its placement. A node of a home cluster
 /// reads 20 GB from a slow disk in five minutes; until then the old plan serves, so waiting costs nothing but
@@ -97,12 +99,22 @@ pub struct Policy {
     pub plan_after: Duration,
     /// Whether nodes must compute the bits of the definition.
     pub require_exact: bool,
+    /// How long a plan waits for the link of a node that just joined to be measured.
+    pub measure_within: Duration,
+    /// What plans are to be like.
+    pub wishes: Wishes,
 }
 
-/// Waits for the whole roster, for a minute; exact nodes only.
+/// Waits for the whole roster, for a minute; exact nodes only; one whole copy of each expert.
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { plan_at_nodes: usize::MAX, plan_after: Duration::from_secs(60), require_exact: true }
+        Policy {
+            plan_at_nodes: usize::MAX,
+            plan_after: Duration::from_secs(60),
+            require_exact: true,
+            measure_within: Duration::ZERO,
+            wishes: Wishes::default(),
+        }
     }
 }
 
@@ -117,7 +129,7 @@ pub enum NodeState {
     Loading,
     /// Its experts are routed to it.
     Serving,
-    /// Too many calls went unanswered; its experts run on the router until it is tried again.
+    /// Too many calls went unanswered, or its connection was lost too often: it gets no calls until it is tried again.
     Suspect,
     /// It refused its placement; its experts run on the router.
     Refused,
@@ -191,6 +203,8 @@ pub struct Cluster {
     next: Option<Stage>,
     /// Whether a plan should be made as soon as none is being loaded.
     plan_wanted: bool,
+    /// Whether `current` is an earlier router's: nobody is planned for before those who come back had the time to.
+    restored: bool,
     routes: Arc<Routes>,
 }
 
@@ -200,6 +214,9 @@ struct Node {
     note: String,
     /// Times it sent what no correct node sends; kept over reconnects.
     malformed: u32,
+    flaps: Flaps,
+    /// It lost its connection too often, and gets no calls for now.
+    barred: bool,
     revoked: bool,
 }
 
@@ -225,9 +242,21 @@ struct Link {
     health: Option<Health>,
     trust: Trust,
     speed: Speed,
+    joined: Duration,
     measured: LinkSpeed,
     /// It said that it is going to stop.
     leaving: bool,
+}
+
+impl Link {
+    fn is_measured(&self) -> bool {
+        self.measured != LinkSpeed::default()
+    }
+
+    fn capacity(&self, node: NodeIndex) -> Capacity {
+        let machine = Machine { weight_mb_s: self.hello.weight_mb_s, link: self.measured };
+        Capacity { node, memory_bytes: self.hello.memory_bytes, machine }
+    }
 }
 
 /// A placement on its way to be used.
@@ -265,14 +294,25 @@ impl Cluster {
             current: None,
             next: None,
             plan_wanted: false,
+            restored: false,
             routes,
+        }
+    }
+
+    /// Takes up an earlier router's plan: nodes that come back are asked for what they hold. Before the first event, and
+    /// with all members that the plan names.
+    pub fn restore(&mut self, stored: Stored) {
+        let Stored { epoch, plan } = stored;
+        if epoch < EPOCH_MAX {
+            self.current = Some(Stage { epoch, since: Duration::ZERO, plan });
+            self.restored = true;
         }
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
     ///
     /// Events about nodes outside the roster, and about connections that are gone, are ignored: events of the
-    /// network may cross. At most two actions per member and one more come back.
+    /// network may cross. At most three actions per member and two more come back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.started.get_or_insert(now);
         let mut actions = Vec::new();
@@ -293,7 +333,7 @@ impl Cluster {
                 if !self.link(node).is_some_and(|link| link.trust.missed(now)) {
                     return actions;
                 }
-                let note = "calls went unanswered; its experts run on the router until it is tried again";
+                let note = "calls went unanswered; it gets no more until it is tried again";
                 self.report(node, note.into(), &mut actions);
             }
             Event::Malformed(node) => self.malformed(node, &mut actions),
@@ -305,8 +345,8 @@ impl Cluster {
             Event::Linked(node, measured) => {
                 if let Some(link) = self.link(node) {
                     link.measured = measured;
+                    link.speed.round_trip = Duration::from_micros(u64::from(measured.round_trip_us));
                 }
-                return actions;
             }
             Event::Revoked(node) => {
                 if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
@@ -323,15 +363,15 @@ impl Cluster {
                     entry.note.clear();
                 }
             }
-            Event::Joined(node, hello) => self.joined(node, hello, &mut actions),
-            Event::Lost(node) => {
-                if let Some(node) = self.nodes.get_mut(usize::from(node)) {
-                    node.link = None;
-                }
+            Event::Joined(node, hello) => {
+                // A connection that is replaced was lost, though nobody noticed.
+                self.lost(now, node, &mut actions);
+                self.joined(now, (node, hello), &mut actions);
             }
+            Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
             Event::Plan => {
-                self.plan_wanted = true;
+                (self.plan_wanted, self.restored) = (true, false);
                 self.nodes
                     .iter_mut()
                     .filter_map(|node| node.link.as_mut())
@@ -356,10 +396,9 @@ impl Cluster {
         Arc::clone(&self.routes)
     }
 
-    /// How long a call may take at this node before its experts are computed on the router instead (DESIGN
-    /// section 8). `assignments` counts what the node has to compute before it can answer: the call's own and
-    /// those of calls still out to it.
-    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
+    /// How long a call may take at this node before others are asked (DESIGN section 8). `assignments` counts what
+    /// the node has to compute before it can answer: the call's own and those of calls still out to it.
+    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Budget {
         let link = self.nodes.get(usize::from(node)).and_then(|node| node.link.as_ref());
         match link {
             Some(link) => link.trust.budget(assignments, &link.speed),
@@ -380,6 +419,28 @@ impl Cluster {
     /// Epoch that nodes are loading, if any.
     pub fn next_epoch(&self) -> Option<u64> {
         self.next.as_ref().map(|stage| stage.epoch)
+    }
+
+    /// The plan in use, in short.
+    pub fn outlook(&self) -> Option<Outlook> {
+        self.current.as_ref().map(|stage| stage.plan.outlook(stage.epoch, &self.facts))
+    }
+
+    /// The newest plan, in use or being loaded: what `restore` takes after a restart. Its epoch tells whether
+    /// it is a new one.
+    pub fn newest(&self) -> Option<Stored> {
+        let newest = self.next.as_ref().or(self.current.as_ref())?;
+        Some(Stored { epoch: newest.epoch, plan: newest.plan.clone() })
+    }
+
+    /// Epoch of `newest`; 0 without one.
+    pub fn newest_epoch(&self) -> u64 {
+        self.next.as_ref().or(self.current.as_ref()).map_or(0, |stage| stage.epoch)
+    }
+
+    /// The model.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
     }
 
     /// Experts that no node is meant to hold: they run on the router for lack of memory, or of a plan.
@@ -407,7 +468,7 @@ impl Cluster {
             _ if entry.is_quarantined() => NodeState::Quarantined,
             None => NodeState::Absent,
             Some(link) if link.leaving => NodeState::Leaving,
-            Some(link) if link.trust.is_suspect() => NodeState::Suspect,
+            Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
                 _ if link.declined => NodeState::Refused,
@@ -471,7 +532,7 @@ impl Cluster {
         })
     }
 
-    fn joined(&mut self, node: NodeIndex, hello: Hello, actions: &mut Vec<Action>) {
+    fn joined(&mut self, now: Duration, (node, hello): (NodeIndex, Hello), actions: &mut Vec<Action>) {
         if usize::from(node) >= self.nodes.len() {
             return;
         }
@@ -481,7 +542,7 @@ impl Cluster {
             actions.push(Action::Disconnect(node, "the operator revoked this node's key".into()));
             return;
         }
-        if !entry.is_quarantined() {
+        if !entry.is_quarantined() && !entry.barred {
             entry.note.clear();
         }
         if let Some(reason) = self.objection(&hello) {
@@ -490,12 +551,14 @@ impl Cluster {
             return;
         }
         let (hello, claims) = bounded(hello);
-        let capacity = self.capacity(node, &hello);
+        self.outgrow(hello.held_epoch, actions);
+        let memory_bytes = hello.memory_bytes;
         let mut link = Link {
             speed: Speed {
                 weight_mb_s: hello.weight_mb_s,
                 expert_bytes: self.facts.expert_bytes,
                 per_layer: 0,
+                round_trip: Duration::ZERO,
             },
             hello,
             current: Order::NotSent,
@@ -505,6 +568,7 @@ impl Cluster {
             weight_bytes: 0,
             health: None,
             trust: Trust::default(),
+            joined: now,
             measured: LinkSpeed::default(),
             leaving: false,
         };
@@ -516,7 +580,7 @@ impl Cluster {
             (&self.current, &mut link.current)
         };
         match newest {
-            (Some(stage), order) if fits(&stage.plan, &capacity, &self.facts) => {
+            (Some(stage), order) if stage.plan.suits(node, memory_bytes, &self.facts) => {
                 *order = Order::Sent;
                 link.speed.per_layer = per_layer(&stage.plan, node);
                 actions.push(place(&self.facts, stage, node));
@@ -530,6 +594,38 @@ impl Cluster {
             Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
             Claims::Cut(note) => self.report(node, note, actions),
         }
+    }
+
+    /// An earlier router's plan that is older than what a node holds was not its last. It gets an epoch beyond all, and
+    /// nodes that are here are asked again.
+    fn outgrow(&mut self, held_epoch: u64, actions: &mut Vec<Action>) {
+        let Some(stage) = self.current.as_mut().filter(|stage| self.restored && stage.epoch < held_epoch)
+        else {
+            return;
+        };
+        stage.epoch = held_epoch + 1;
+        for (node, entry) in (0..).zip(&mut self.nodes) {
+            let Some(link) = entry.link.as_mut().filter(|link| link.current != Order::NotSent) else {
+                continue;
+            };
+            link.current = Order::Sent;
+            actions.push(place(&self.facts, stage, node));
+        }
+    }
+
+    /// Its connection is gone. If that happens again and again, the routes shall not flap with it.
+    fn lost(&mut self, now: Duration, node: NodeIndex, actions: &mut Vec<Action>) {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        let Some(link) = entry.link.take().filter(|link| !link.leaving) else { return };
+        drop(link);
+        let Some(pause) = entry.flaps.lost(now) else { return };
+        entry.barred = true;
+        if entry.is_quarantined() {
+            return;
+        }
+        let note =
+            format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
+        self.report(node, note, actions);
     }
 
     fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {
@@ -571,7 +667,9 @@ impl Cluster {
 
     fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
         for (index, node) in (0..).zip(&mut self.nodes) {
-            if node.link.as_mut().is_some_and(|link| link.trust.tick(now)) {
+            let pardoned = node.barred && !node.flaps.is_barred(now);
+            node.barred &= !pardoned;
+            if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
                 actions.push(Action::Report(index, "is tried again".into()));
             }
         }
@@ -595,8 +693,17 @@ impl Cluster {
     }
 
     fn plan_is_due(&self, now: Duration) -> bool {
-        if self.current.is_some() || self.plan_wanted {
+        let measured =
+            |link: &Link| now.saturating_sub(link.joined) >= self.policy.measure_within || link.is_measured();
+        if !self.links().all(|(_, link)| measured(link)) {
+            return false;
+        }
+        let started = self.current.is_some() && !self.restored;
+        if started || self.plan_wanted && self.current.is_none() {
             return self.plan_wanted;
+        }
+        if self.restored && !self.plan_wanted {
+            return false;
         }
         let enough = match self.policy.plan_at_nodes {
             usize::MAX => self.nodes.iter().filter(|node| !node.revoked).count(),
@@ -611,14 +718,21 @@ impl Cluster {
         let willing = self.links().filter(|(node, link)| {
             !link.declined && !link.leaving && !self.nodes[usize::from(*node)].is_quarantined()
         });
-        let capacities: Vec<_> = willing.map(|(node, link)| self.capacity(node, &link.hello)).collect();
+        let capacities: Vec<_> = willing.map(|(node, link)| link.capacity(node)).collect();
         if capacities.is_empty() {
             return;
         }
         self.plan_wanted = false;
         let used = self.current.as_ref().map_or(0, |stage| stage.epoch);
         let epoch = self.links().map(|(_, link)| link.hello.held_epoch).fold(used, u64::max) + 1;
-        let plan = plan(&self.facts, &capacities, self.current.as_ref().map(|stage| &stage.plan));
+        let before = self.current.as_ref().map(|stage| &stage.plan);
+        let plan = plan(&self.facts, &capacities, &self.policy.wishes, before);
+        self.restored = false;
+        for node in plan.left_out(&self.facts).collect::<Vec<_>>() {
+            let note =
+                "would make every token slower by computing; it holds copies of others' experts at most";
+            self.report(node, note.to_owned(), actions);
+        }
         let stage = Stage { epoch, since: now, plan };
         let first = self.current.is_none();
         for capacity in &capacities {
@@ -630,10 +744,6 @@ impl Cluster {
         *(if first { &mut self.current } else { &mut self.next }) = Some(stage);
     }
 
-    fn capacity(&self, node: NodeIndex, hello: &Hello) -> Capacity {
-        Capacity { node, memory_bytes: hello.memory_bytes, weight_mb_s: hello.weight_mb_s[0] }
-    }
-
     /// Recomputes the table and reports if it changed.
     fn refresh(&mut self, actions: &mut Vec<Action>) {
         let Some(current) = &self.current else { return };
@@ -643,7 +753,7 @@ impl Cluster {
             .map(|node| {
                 let serves =
                     |link: &Link| link.current == Order::Held && !link.leaving && !link.trust.is_suspect();
-                !node.is_quarantined() && node.link.as_ref().is_some_and(serves)
+                !node.is_quarantined() && !node.barred && node.link.as_ref().is_some_and(serves)
             })
             .collect();
         let table =
@@ -654,14 +764,6 @@ impl Cluster {
             actions.push(Action::RoutesChanged);
         }
     }
-}
-
-/// Whether a plan still suits a node that came back: it takes part, its part still fits, and more memory than
-/// it had then would change nothing.
-fn fits(plan: &Plan, now: &Capacity, facts: &ModelFacts) -> bool {
-    let Some(then) = plan.capacity(now.node) else { return false };
-    let room = now.experts(facts);
-    room >= plan.load(now.node).experts as u64 && (plan.unplaced() == 0 || room <= then.experts(facts))
 }
 
 fn per_layer(plan: &Plan, node: NodeIndex) -> u32 {

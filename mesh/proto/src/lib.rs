@@ -8,9 +8,21 @@
 
 pub mod cluster;
 
+pub mod stored;
+
 pub mod claims;
 
 pub mod placement;
+
+pub mod layout;
+
+pub mod cost;
+
+pub mod draws;
+
+pub mod machine;
+
+pub mod attempts;
 
 pub mod health;
 

@@ -222,13 +222,13 @@ fn a_node_that_returns_with_less_memory_is_planned_for_anew() {
     cluster.handle(SECOND, Event::Lost(2));
     assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(8)))), [(2, 1, 8)], "still fits");
     cluster.handle(SECOND, Event::Lost(2));
-    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(7)))).last(), Some(&(2, 2, 1)));
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(7)))).last(), Some(&(2, 2, 7)));
 }
 
 #[test]
 fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     let mut cluster = serving();
-    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_BEFORE_HISTORY);
     assert_eq!(cluster.handle(SECOND, Event::Missed(0)), []);
     let actions = cluster.handle(SECOND, Event::Missed(0));
     assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
@@ -239,7 +239,7 @@ fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     assert_eq!(routed(&cluster, 0), 8);
     let (service, round_trip) = (SECOND / 1000, SECOND / 500);
     cluster.handle(2 * SECOND, Event::Answered { node: 0, assignments: 8, service, round_trip });
-    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_FLOOR);
+    assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_FLOOR);
     assert_eq!(cluster.status(0).unwrap().call_means, Some((service, round_trip)));
     assert_eq!(cluster.handle(2 * SECOND, Event::Missed(0)), []);
 }
@@ -261,7 +261,7 @@ fn events_about_strangers_are_ignored() {
     }
     assert_eq!(cluster.routes(), before);
     assert!(cluster.status(3).is_none());
-    assert_eq!(cluster.budget(3, 1), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(3, 1).total, crate::health::BUDGET_BEFORE_HISTORY);
     assert_eq!(cluster.statuses().len(), 3);
 }
 
@@ -338,6 +338,57 @@ fn a_machine_that_is_admitted_later_takes_part() {
     assert_eq!(routed(&cluster, 3), 6);
 }
 
+/// A loss and a return of `node`, its part loaded.
+fn flap(cluster: &mut Cluster, node: NodeIndex, now: Duration) -> Vec<Action> {
+    let actions = cluster.handle(now, Event::Lost(node));
+    cluster.handle(now, Event::Joined(node, hello(100)));
+    cluster.handle(now, Event::Placed(node, ack(1)));
+    actions
+}
+
+#[test]
+fn a_node_that_flaps_gets_no_calls_for_a_while_and_the_routes_stay() {
+    let mut cluster = serving();
+    flap(&mut cluster, 1, SECOND);
+    flap(&mut cluster, 1, 2 * SECOND);
+    assert_eq!(state(&cluster, 1), NodeState::Serving, "two may happen");
+    let actions = flap(&mut cluster, 1, 3 * SECOND);
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action, Action::Report(1, why) if why.contains("again and again")))
+    );
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Suspect, 0));
+    let routes = cluster.routes();
+    flap(&mut cluster, 1, 3 * SECOND + SECOND / 2);
+    assert!(Arc::ptr_eq(&routes, &cluster.routes()), "the routes flap with it");
+    cluster.handle(5 * SECOND, Event::Tick);
+    assert_eq!(routed(&cluster, 1), 0, "two seconds this time");
+    let actions = cluster.handle(6 * SECOND, Event::Tick);
+    assert!(actions.contains(&Action::Report(1, "is tried again".into())));
+    assert_eq!(state(&cluster, 1), NodeState::Serving);
+    assert!(routed(&cluster, 1) > 0);
+}
+
+#[test]
+fn a_node_that_says_it_leaves_does_not_flap() {
+    let mut cluster = serving();
+    for second in 1..6 {
+        cluster.handle(second * SECOND, Event::Leaving(1));
+        flap(&mut cluster, 1, second * SECOND);
+    }
+    assert_eq!(state(&cluster, 1), NodeState::Serving);
+}
+
+#[test]
+fn a_measured_link_counts_before_there_is_history() {
+    let mut cluster = serving();
+    let before = cluster.budget(0, 1);
+    cluster.handle(SECOND, Event::Linked(0, LinkSpeed { round_trip_us: 150_000, mb_s: 0 }));
+    assert_eq!(before.hedge, crate::health::HEDGE_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(0, 1).hedge, Duration::from_millis(150));
+}
+
 #[test]
 fn a_node_that_claims_what_no_machine_has_is_counted_as_a_large_one_and_that_is_said() {
     let mut cluster = cluster(2);
@@ -353,4 +404,93 @@ fn a_node_that_claims_what_no_machine_has_is_counted_as_a_large_one_and_that_is_
     assert_eq!(counted.memory_bytes, crate::claims::MEMORY_BYTES_MAX);
     assert_eq!(counted.weight_mb_s, [crate::claims::WEIGHT_MB_S_MAX; 5]);
     assert!(status.note.contains("counted as 16384"), "{}", status.note);
+}
+
+/// A cluster whose router starts again with the plan of `serving`, of epoch 1.
+fn restarted(plan_at_nodes: usize) -> Cluster {
+    let stored = serving().newest().unwrap();
+    let policy = Policy { plan_at_nodes, plan_after: 60 * SECOND, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(4), facts(), policy);
+    cluster.restore(stored);
+    cluster
+}
+
+#[test]
+fn after_a_restart_nodes_are_asked_for_what_they_hold() {
+    let mut cluster = restarted(4);
+    assert_eq!(cluster.handle(SECOND, Event::Tick), [Action::RoutesChanged]);
+    assert_eq!((cluster.epoch(), routed(&cluster, 0)), (1, 0), "nobody is here yet");
+    let back = Hello { held_epoch: 1, ..hello(100) };
+    let actions = cluster.handle(SECOND, Event::Joined(2, back.clone()));
+    let [Action::Place(2, placement)] = &actions[..] else { panic!("{actions:?}") };
+    let before = serving().newest().unwrap();
+    assert_eq!((placement.epoch, &placement.experts), (1, &before.plan.experts(2)));
+    assert_eq!(cluster.handle(SECOND, Event::Placed(2, ack(1))), [Action::RoutesChanged]);
+    assert_eq!(routed(&cluster, 2), 8);
+    // Somebody new does not make those who are late lose theirs.
+    assert_eq!(cluster.handle(2 * SECOND, Event::Joined(3, hello(100))), []);
+    assert_eq!(places(&cluster.handle(3 * SECOND, Event::Joined(0, back.clone()))), [(0, 1, 8)]);
+    cluster.handle(3 * SECOND, Event::Placed(0, ack(1)));
+    let actions = cluster.handle(4 * SECOND, Event::Joined(1, back));
+    let planned: Vec<_> = places(&actions).into_iter().filter(|(_, epoch, _)| *epoch == 2).collect();
+    assert_eq!(planned, [(0, 2, 6), (1, 2, 6), (2, 2, 6), (3, 2, 6)]);
+    assert_eq!(cluster.newest_epoch(), 2);
+}
+
+#[test]
+fn a_restart_with_an_older_plan_goes_beyond_what_nodes_hold() {
+    let mut cluster = restarted(4);
+    cluster.handle(SECOND, Event::Joined(0, Hello { held_epoch: 1, ..hello(100) }));
+    let actions = cluster.handle(SECOND, Event::Joined(1, Hello { held_epoch: 7, ..hello(100) }));
+    assert_eq!(places(&actions), [(0, 8, 8), (1, 8, 8)]);
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    assert_eq!(routed(&cluster, 0), 0, "an answer about the old epoch");
+    cluster.handle(SECOND, Event::Placed(0, ack(8)));
+    cluster.handle(SECOND, Event::Placed(1, ack(8)));
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (8, 8, 8));
+}
+
+#[test]
+fn without_those_who_are_gone_a_new_node_is_planned_for_after_a_while() {
+    let mut cluster = restarted(4);
+    cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    assert_eq!(cluster.handle(SECOND, Event::Joined(3, hello(100))), []);
+    assert_eq!(places(&cluster.handle(60 * SECOND, Event::Tick)), []);
+    assert_eq!(places(&cluster.handle(62 * SECOND, Event::Tick)), [(0, 2, 12), (3, 2, 12)]);
+}
+
+#[test]
+fn a_plan_waits_for_links_to_be_measured_but_not_for_long() {
+    let policy = Policy { measure_within: SECOND, plan_at_nodes: 2, ..Policy::default() };
+    let linked = |node| Event::Linked(node, LinkSpeed { round_trip_us: 200, mb_s: 100 });
+    let joined = || {
+        let mut cluster = Cluster::with_policy(members(2), facts(), policy);
+        cluster.handle(SECOND, Event::Joined(0, hello(100)));
+        assert_eq!(cluster.handle(SECOND, Event::Joined(1, hello(100))), []);
+        assert_eq!(cluster.handle(SECOND, linked(1)), []);
+        cluster
+    };
+    assert_eq!(places(&joined().handle(SECOND, linked(0))), [(0, 1, 12), (1, 1, 12)]);
+    let mut cluster = joined();
+    assert_eq!(cluster.handle(3 * SECOND / 2, Event::Tick), []);
+    assert_eq!(places(&cluster.handle(2 * SECOND, Event::Tick)), [(0, 1, 12), (1, 1, 12)]);
+    assert_eq!(cluster.handle(2 * SECOND, linked(0)), [], "later measurements move nothing");
+}
+
+#[test]
+fn a_node_that_makes_it_slower_is_told_so() {
+    let large = ModelFacts { expert_bytes: 10_000_000, top_k: 8, ..facts() };
+    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
+    let mut cluster = Cluster::with_policy(members(2), large, policy);
+    let with = |mb_s| Hello { memory_bytes: 1 << 40, weight_mb_s: [mb_s; 5], ..hello(0) };
+    cluster.handle(SECOND, Event::Joined(0, with(20_000)));
+    let actions = cluster.handle(SECOND, Event::Joined(1, with(100)));
+    assert!(
+        actions.iter().any(|action| matches!(action, Action::Report(1, note) if note.contains("slower"))),
+        "{actions:?}"
+    );
+    assert_eq!(places(&actions), [(0, 1, 24), (1, 1, 0)]);
+    let outlook = cluster.outlook().unwrap();
+    assert_eq!(outlook.shares.iter().map(|share| share.left_out).collect::<Vec<_>>(), [false, true]);
+    assert_eq!((outlook.epoch, outlook.copies, outlook.unplaced), (1, (1, 1), 0));
 }
