@@ -133,7 +133,7 @@ pub fn start_engine_with(
     let kernels = Arc::<Native>::clone(&native);
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if shape.replicate => Experts::Shared(hub),
+        Some(hub) if shape.replicate => Experts::Shared(hub, u16::MAX),
         Some(hub) => Experts::Nodes(hub),
     };
     let mut forward =
