@@ -17,6 +17,7 @@ use mesh_net::roster::Roster;
 use mesh_net::station::{NodeService, ReplySink, Station, StationConfig, Stop};
 use mesh_proto::cluster::Policy;
 use mesh_proto::placement::Wishes;
+use mesh_proto::routes::Table;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::Call;
 use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
@@ -66,8 +67,21 @@ impl Troupe {
     /// Starts them, and returns when every node serves. `fallback`: whether the router computes what no node can be
     /// asked for.
     pub fn start(model: &Arc<Model>, cast: Vec<Part>, (wishes, fallback): (Wishes, bool)) -> Troupe {
+        Troupe::begin(model, cast, (wishes, None, fallback))
+    }
+
+    /// Starts them with a plan made by hand; `fallback` as for `start`.
+    pub fn placed(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
+        Troupe::begin(model, cast, (Wishes::default(), Some(table), fallback))
+    }
+
+    fn begin(
+        model: &Arc<Model>,
+        cast: Vec<Part>,
+        (wishes, table, fallback): (Wishes, Option<Table>, bool),
+    ) -> Troupe {
         let policy = Policy { wishes, ..Policy::default() };
-        let (hub, roster, identities) = start_hub(model, cast.len(), policy);
+        let (hub, roster, identities) = start_hub(model, cast.len(), policy, table);
         let start =
             |(identity, part)| Scripted::start(model, (identity, roster.clone()), hub.local_addr(), part);
         let nodes: Vec<Scripted> = identities.into_iter().zip(cast).map(start).collect();
@@ -85,6 +99,13 @@ pub struct Part {
     pub script: Script,
     /// Bytes it takes of weights.
     pub memory_bytes: u64,
+}
+
+/// Its room: what it does is a function.
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Part({} bytes)", self.memory_bytes)
+    }
 }
 
 impl Part {
