@@ -132,7 +132,7 @@ fn without_any_node_left_the_router_tells_the_same_story() {
     disturbed.assert_equals(&expected);
     assert_fell_back(&cluster, "kill -9 of all", &disturbed);
     cluster.api.story(TOKENS, |_| ()).assert_equals(&expected);
-    (0..3).for_each(|node| assert_ne!(cluster.node(node)["state"], "serving"));
+    cluster.until("all are missed", |state| (0..3).all(|node| !serving(state, node)));
 
     cluster.start_node(2);
     assert_used_again(&cluster, 2, &expected);
@@ -221,7 +221,8 @@ fn without_fallback_what_is_lost_is_named_and_comes_back_with_its_node() {
     assert_eq!(cluster.api.get("/health").status, 503);
 
     cluster.kill_node(0);
-    until_refused(&cluster, |state| !serving(state, 0));
+    // Not only suspect: those are tried again.
+    until_refused(&cluster, |state| (0..2).all(|node| state["nodes"][node]["state"] == "absent"));
     let health = cluster.api.get("/health");
     assert!(health.status == 503 && health.text.contains("no node serves"), "{}", health.text);
     ask(&cluster, 8).error(503, "expert_unavailable");
