@@ -260,8 +260,8 @@ pub async fn run(
         places,
         engine: handle.clone(),
         own,
-        // Then every expert is within reach, always.
-        reachable: config.fallback || config.resident == Resident::All || hub.is_none(),
+        // Else every expert is within reach, always.
+        fallback: config.fallback || hub.is_none(),
         unreachable: Mutex::default(),
     };
     let identity = identity(&config);
@@ -489,7 +489,7 @@ struct ClusterView {
     /// What the router measured of itself.
     own: [u32; ROWS.len()],
     /// Whether the router can compute every expert.
-    reachable: bool,
+    fallback: bool,
     /// By the routes it was found in: the experts that nobody can compute.
     unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
 }
@@ -497,7 +497,7 @@ struct ClusterView {
 impl ClusterView {
     /// The experts that nobody can compute at the moment, named; looked for once per table.
     fn unreachable(&self) -> Option<String> {
-        let hub = self.hub.as_ref().filter(|_| !self.reachable)?;
+        let hub = self.hub.as_ref().filter(|_| !self.fallback)?;
         let routes = hub.routes();
         let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {

@@ -5,6 +5,7 @@ use std::sync::{Arc, LazyLock};
 
 use mesh_proto::cluster::NodeState;
 use mesh_proto::placement::{Copies, Wishes};
+use mesh_proto::routes::{self, Holders, ROUTER, Table};
 use mesh_wire::control::Refusal;
 use model::format::Format;
 use model::open::Model;
@@ -17,11 +18,15 @@ use super::equivalence::{alone, prompt, request};
 /// Packed once for all tests of this program.
 static CACHE: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
-/// Two layers of 64 experts of eight blocks each: experts that can be cut.
-const WIDE: &str = "synthetic:olmoe-1b-7b?layers=2&seed=3";
+/// A layer of 64 experts of eight blocks each: experts that can be cut.
+const WIDE: &str = "synthetic:olmoe-1b-7b?layers=1&seed=3";
 
-/// Calls of a node before it changes its mood.
-const WELL_FOR: u64 = 30;
+/// Calls of a node before it changes its mood: few, because a router that learned that another is faster may ask it
+/// rarely.
+const WELL_FOR: u64 = 4;
+
+/// Stories told until a node has had the occasion to misbehave.
+const STORIES_MAX: usize = 20;
 
 fn tale() -> Arc<Model> {
     open(&moemesh_tests::tale_moe(), Format::Q4, CACHE.path())
@@ -100,7 +105,17 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
     ] {
         for copies_of_each in [1, 2] {
             let troupe = Troupe::start(&model, vec![then(mood), well(), well()], copies(copies_of_each));
-            assert_eq!(generate(&troupe.engine, story()).0, expected, "{mood:?}, {copies_of_each} copies");
+            // With copies a router that learned that the others are faster asks it rarely.
+            let enough = WELL_FOR + if mood == Mood::WrongShape { 3 } else { 1 };
+            let asked = (0..STORIES_MAX).any(|_| {
+                assert_eq!(
+                    generate(&troupe.engine, story()).0,
+                    expected,
+                    "{mood:?}, {copies_of_each} copies"
+                );
+                troupe.nodes[0].calls() >= enough
+            });
+            assert!(asked, "{mood:?}, {copies_of_each} copies: it had no occasion");
             let (cost, node) = (troupe.status.read().cost, &troupe.hub.nodes()[0]);
             let (state, counters) = (node.cluster.state, node.counters);
             match mood {
@@ -109,7 +124,7 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
                 }
                 Mood::Refuse(Refusal::Stopping | Refusal::Busy) => {
                     assert_eq!(state, NodeState::Serving, "a refusal is no reason for suspicion");
-                    assert!(counters.refused > 3);
+                    assert!(counters.refused > 0);
                 }
                 _ => assert_ne!(state, NodeState::Quarantined, "{mood:?}"),
             }
@@ -123,22 +138,38 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
     }
 }
 
+/// Every expert in two parts, each held by so many of the four nodes; some parts are the router's, in memory or not.
+fn cut(model: &Arc<Model>, copies: usize) -> Table {
+    let facts = router::serve::model_facts(model);
+    let mut table = Table::empty(&facts);
+    let parts = |expert: u16| {
+        let nodes = |first: u16| (0..copies as u16).map(move |copy| (expert + first + copy) % 4);
+        let second: Holders = match expert % 7 {
+            0 => Holders::default(),
+            1 => nodes(2).chain([ROUTER]).collect(),
+            _ => nodes(2).collect(),
+        };
+        [
+            routes::Part { from: 0, to: 3, holders: nodes(0).collect() },
+            routes::Part { from: 3, to: facts.blocks, holders: second },
+        ]
+    };
+    table.set_layer(0, (0..facts.experts).map(parts));
+    table
+}
+
 #[test]
 fn slices_and_their_failures_change_no_bit() {
     let model = wide();
-    let story = request(prompt(1, 20), 0.0, 24);
+    let story = request(prompt(1, 20), 0.0, 16);
     let expected = alone(&model, &story);
     for mood in [Mood::Answer, Mood::Silence, Mood::WrongShape, Mood::Overflow] {
-        for copies_of_each in [1, 2] {
-            let wishes = Wishes { slices: true, ..copies(copies_of_each).0 };
-            let troupe = Troupe::start(&model, vec![then(mood), well(), well()], (wishes, true));
-            let routes = troupe.hub.routes();
-            assert!(routes.table.parts(0, 0).len() > 1, "nothing is cut: {:?}", routes.table.parts(0, 0));
-            assert_eq!(
-                generate(&troupe.engine, story.clone()).0,
-                expected,
-                "{mood:?}, {copies_of_each} copies"
-            );
+        for copies in [1, 2] {
+            let cast = vec![then(mood), well(), well(), well()];
+            let troupe = Troupe::placed(&model, cast, (cut(&model, copies), true));
+            assert_eq!(troupe.hub.routes().table, cut(&model, copies), "the plan is another");
+            assert_eq!(generate(&troupe.engine, story.clone()).0, expected, "{mood:?}, {copies} copies");
+            assert!(copies == 2 || troupe.nodes[0].calls() > WELL_FOR, "{:?}", troupe.nodes);
         }
     }
 }

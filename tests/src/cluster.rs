@@ -10,8 +10,14 @@ use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig};
 use mesh_net::identity::Identity;
 use mesh_net::membership::{Admission, Membership};
+use mesh_net::roster::Roster;
 use mesh_net::station::StationConfig;
 use mesh_proto::cluster::Policy;
+use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::machine::{Capacity, Machine};
+use mesh_proto::placement::{Plan, Wishes, plan};
+use mesh_proto::routes::Table;
+use mesh_proto::stored::Stored;
 use model::format::Format;
 use model::kernel::Kernels;
 use model::kernel::native::kv::KV_BLOCK;
@@ -82,7 +88,7 @@ impl Cluster {
     /// As `start`, with other kernels in the nodes, which may be inexact.
     pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
         let policy = Policy { require_exact: kernels().exact(), ..Policy::default() };
-        let (hub, memberships) = start_hub(model, shape.nodes, policy);
+        let (hub, memberships) = start_hub(model, shape.nodes, policy, None);
         let start = |membership| start_node(model, membership, hub.local_addr(), kernels());
         let nodes: Vec<_> = memberships.into_iter().map(|membership| Some(start(membership))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
@@ -104,13 +110,27 @@ impl Cluster {
     }
 }
 
-/// A hub with so many members, and what makes nodes of them. Its first plan waits for all of them.
-pub fn start_hub(model: &Arc<Model>, nodes: usize, policy: Policy) -> (Arc<Hub>, Vec<Arc<Membership>>) {
+/// A hub with so many members, and what makes nodes of them. Its first plan waits for all of them, or is `table`, as if
+/// it had been made before a restart.
+pub fn start_hub(
+    model: &Arc<Model>,
+    nodes: usize,
+    policy: Policy,
+    table: Option<Table>,
+) -> (Arc<Hub>, Vec<Arc<Membership>>) {
     let authority = Arc::new(Authority::in_memory().expect("keys"));
     let memberships = (0..nodes).map(|index| member(&authority, index)).collect();
     let policy = Policy { plan_at_nodes: nodes, ..policy };
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let config = HubConfig { listen, policy, ..HubConfig::new(authority, model_facts(model)) };
+    let mut config =
+        HubConfig { listen, policy, ..HubConfig::new(Arc::clone(&authority), model_facts(model)) };
+    let folder = tempfile::tempdir().expect("a folder");
+    if let Some(table) = table {
+        let file = folder.path().join("plan");
+        let text = written(authority.roster().roster(), &config.facts, table);
+        std::fs::write(&file, text).expect("the plan is written");
+        config.placement_file = Some(file);
+    }
     (Arc::new(Hub::start(config).expect("the hub starts")), memberships)
 }
 
@@ -121,6 +141,16 @@ fn member(authority: &Authority, index: usize) -> Arc<Membership> {
     let (cluster, router) = (authority.cluster(), authority.identity().id());
     let admission = Admission { cluster, router, name: machine.name, addresses: Vec::new() };
     Arc::new(Membership::in_memory(identity, admission))
+}
+
+/// The text of a plan that says who holds what.
+fn written(roster: &Roster, facts: &ModelFacts, table: Table) -> String {
+    let members: Vec<Member> =
+        roster.nodes.iter().map(|node| Member { id: node.key, name: node.name.clone() }).collect();
+    let capacity = |node| Capacity { node, memory_bytes: 1 << 40, machine: Machine::default() };
+    let capacities: Vec<Capacity> = (0..members.len() as u16).map(capacity).collect();
+    let plan = Plan { table, ..plan(facts, &capacities, &Wishes::default(), None) };
+    Stored { epoch: 1, plan }.to_text(facts, &members)
 }
 
 /// An engine on a thread of its own, as the router has it.

@@ -12,11 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use mesh_net::hub::Hub;
-use mesh_net::identity::Identity;
-use mesh_net::roster::Roster;
+use mesh_net::membership::Membership;
 use mesh_net::station::{NodeService, ReplySink, Station, StationConfig, Stop};
 use mesh_proto::cluster::Policy;
 use mesh_proto::placement::Wishes;
+use mesh_proto::routes::Table;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::Call;
 use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
@@ -66,11 +66,23 @@ impl Troupe {
     /// Starts them, and returns when every node serves. `fallback`: whether the router computes what no node can be
     /// asked for.
     pub fn start(model: &Arc<Model>, cast: Vec<Part>, (wishes, fallback): (Wishes, bool)) -> Troupe {
+        Troupe::begin(model, cast, (wishes, None, fallback))
+    }
+
+    /// Starts them with a plan made by hand; `fallback` as for `start`.
+    pub fn placed(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
+        Troupe::begin(model, cast, (Wishes::default(), Some(table), fallback))
+    }
+
+    fn begin(
+        model: &Arc<Model>,
+        cast: Vec<Part>,
+        (wishes, table, fallback): (Wishes, Option<Table>, bool),
+    ) -> Troupe {
         let policy = Policy { wishes, ..Policy::default() };
-        let (hub, roster, identities) = start_hub(model, cast.len(), policy);
-        let start =
-            |(identity, part)| Scripted::start(model, (identity, roster.clone()), hub.local_addr(), part);
-        let nodes: Vec<Scripted> = identities.into_iter().zip(cast).map(start).collect();
+        let (hub, memberships) = start_hub(model, cast.len(), policy, table);
+        let start = |(membership, part)| Scripted::start(model, membership, hub.local_addr(), part);
+        let nodes: Vec<Scripted> = memberships.into_iter().zip(cast).map(start).collect();
         assert!(hub.wait_ready(nodes.len(), READY_WITHIN), "the nodes did not get ready");
         let shape = Shape { nodes: nodes.len(), chunk: 64, kv_blocks: 512, replicate: false };
         let (engine, status) = start_engine_with(model, shape, Some(Arc::clone(&hub)), fallback);
@@ -85,6 +97,13 @@ pub struct Part {
     pub script: Script,
     /// Bytes it takes of weights.
     pub memory_bytes: u64,
+}
+
+/// Its room: what it does is a function.
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Part({} bytes)", self.memory_bytes)
+    }
 }
 
 impl Part {
@@ -109,7 +128,7 @@ impl Scripted {
     /// Starts a node that dials `router`.
     pub fn start(
         model: &Arc<Model>,
-        (identity, roster): (Identity, Roster),
+        membership: Arc<Membership>,
         router: SocketAddr,
         part: Part,
     ) -> Scripted {
@@ -131,7 +150,7 @@ impl Scripted {
             work: Mutex::new(work),
         };
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
-        let config = StationConfig { identity, roster, routers: vec![router], pool };
+        let config = StationConfig { membership, routers: vec![router], pool };
         let stop = Stop::new();
         let until = stop.clone();
         let thread =
