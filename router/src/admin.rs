@@ -85,12 +85,12 @@ pub enum Answer {
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
     /// Nobody listens.
-    #[error("no router runs with the state in {state} ({source}); start one with `moemesh router --state {state}`", state = state.display())]
+    #[error("no router runs with the state in {state} ({error}); start one with `moemesh router --state {state}`", state = state.display())]
     NoRouter {
         /// The folder.
         state: PathBuf,
         /// What the system says.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// It listens and says nothing useful.
     #[error("the router at {state} does not answer: {what}", state = state.display())]
@@ -104,12 +104,12 @@ pub enum AdminError {
     #[error("{0}")]
     Refused(String),
     /// The socket cannot be made.
-    #[error("{path}: {source}; choose another --state (a short path, on a disk that can hold sockets)", path = path.display())]
+    #[error("{path}: {error}; choose another --state (a short path, on a disk that can hold sockets)", path = path.display())]
     Listen {
         /// The socket.
         path: PathBuf,
         /// What the system says.
-        source: std::io::Error,
+        error: std::io::Error,
     },
 }
 
@@ -134,7 +134,7 @@ impl Admin {
     /// `Listen`.
     pub fn bind(state: &Path) -> Result<Admin, AdminError> {
         let path = state.join(SOCKET);
-        let failed = |source| AdminError::Listen { path: path.clone(), source };
+        let failed = |error| AdminError::Listen { path: path.clone(), error };
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
@@ -211,8 +211,8 @@ fn decide(hub: &Hub, question: Question) -> Answer {
 pub fn ask(state: &Path, question: &Question) -> Result<Answer, AdminError> {
     let path = state.join(SOCKET);
     let silent = |what: String| AdminError::NoAnswer { state: state.to_owned(), what };
-    let mut stream = UnixStream::connect(path)
-        .map_err(|source| AdminError::NoRouter { state: state.to_owned(), source })?;
+    let mut stream =
+        UnixStream::connect(path).map_err(|error| AdminError::NoRouter { state: state.to_owned(), error })?;
     let line = serde_json::to_string(question).map_err(|error| silent(error.to_string()))? + "\n";
     let asked = |stream: &mut UnixStream| -> std::io::Result<String> {
         stream.set_read_timeout(Some(ANSWER_WITHIN))?;

@@ -54,13 +54,13 @@ pub enum AuthorityError {
     Roster(#[from] RosterError),
     /// The roster's file is not usable.
     #[error(
-        "{path}: {source}; restore the folder from a backup, or delete it and let every machine join again"
+        "{path}: {error}; restore the folder from a backup, or delete it and let every machine join again"
     )]
     RosterFile {
         /// Which file.
         path: String,
         /// What is wrong.
-        source: RosterError,
+        error: RosterError,
     },
     /// The folder is a node's.
     #[error("{0} is the state of a node; give the router another --state")]
@@ -144,8 +144,8 @@ impl Authority {
                 folder.write(ROSTER, first.bytes())?;
                 first
             }
-            Some(bytes) => SignedRoster::parse(&bytes, cluster.public()).map_err(|source| {
-                AuthorityError::RosterFile { path: folder.file(ROSTER).display().to_string(), source }
+            Some(bytes) => SignedRoster::parse(&bytes, cluster.public()).map_err(|error| {
+                AuthorityError::RosterFile { path: folder.file(ROSTER).display().to_string(), error }
             })?,
         };
         if roster.roster().router != identity.id() {

@@ -22,14 +22,14 @@ const LOCK: &str = "lock";
 #[derive(Debug, Error)]
 pub enum DiskError {
     /// The system says no.
-    #[error("{what} {path}: {source}")]
+    #[error("{what} {path}: {error}")]
     Io {
         /// What was tried.
         what: &'static str,
         /// Which file or folder.
         path: PathBuf,
         /// What went wrong.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// Another process uses the folder.
     #[error("{0} is in use by another moemesh process; stop that one, or give this one its own --state")]
@@ -56,7 +56,7 @@ pub enum DiskError {
 }
 
 fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DiskError {
-    move |source| DiskError::Io { what, path: path.to_owned(), source }
+    move |error| DiskError::Io { what, path: path.to_owned(), error }
 }
 
 /// A locked folder; the lock goes with it.

@@ -112,7 +112,8 @@ impl StationConfig {
 pub enum StationError {
     /// The operator shut this machine out.
     #[error(
-        "this machine was revoked (`moemesh nodes revoke`) and the cluster does not take its key any more; to bring it          back, delete its state folder and join with a new token from `moemesh token`"
+        "this machine was revoked (`moemesh nodes revoke`) and the cluster does not take its key any more; to bring it \
+         back, delete its state folder and join with a new token from `moemesh token`"
     )]
     Revoked,
     /// There is nowhere to dial.
