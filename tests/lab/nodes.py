@@ -1,0 +1,325 @@
+"""Scenarios of nodes that die, hang, are slow, leave or come back: rows 1 to 5, 9, 16 and 18 of the matrix."""
+
+import signal
+import time
+
+from client import Outcome, longest_gap, speed, typical_gap
+from oracles import Result, quantile, spread
+from registry import scenario
+from trial import FLOWS_WITHIN_S, Fault, Lab, run
+
+# Between a kill and the restart: longer than the longest budget of a call and its retry, so that what the router does
+# without the node is seen, too.
+WITHOUT_S = 0.5
+REPLICAS = ("--replicas", "2")
+NO_FALLBACK = ("--no-fallback",)
+
+
+def ordinary_loss(state_failures: dict[str, int]) -> str:
+    """What the router did about failed calls, in words."""
+    words = [f"{state_failures.get(name, 0)} {name}" for name in ("late", "gone", "hedges", "retries", "fallbacks") if state_failures.get(name)]
+    return ", ".join(words) or "no call failed"
+
+
+@scenario("1", "kill -9, a replica elsewhere", "O1 of all kills, added stall p99 <= 400 ms (F1)")
+def kill_with_replica(lab: Lab, result: Result) -> None:
+    replicated = lab.program.can("router", "--replicas")
+    if not replicated:
+        result.lacks("router --replicas (ran with the router's own copy)")
+    cluster = lab.fresh(*(REPLICAS if replicated else ()))
+    stalls, restarts, usual, fallbacks = kills(lab, cluster, result, lab.options.kills)
+    if not stalls:
+        return
+    result.figure(
+        f"{len(stalls)} kills: added stall {spread(stalls)}; back in {spread(restarts)}; typical gap {usual:.1f} ms",
+        kills=len(stalls),
+        stalls_ms=stalls,
+        restarts_ms=restarts,
+    )
+    result.figure(f"{fallbacks} calls fell back to the router", fallbacks=fallbacks)
+    if replicated:
+        result.target_met(quantile(stalls, 0.99) <= 400, f"added stall p99 {quantile(stalls, 0.99):.0f} ms > 400 ms")
+
+
+def kills(lab: Lab, cluster, result: Result, count: int):
+    """Kills nodes one after another while streams run: added stalls and times until a new process serves, both in ms,
+    one per kill that hit; the typical gap; calls that the router computed itself."""
+    windows, restarts = [], []
+    first = cluster.counters()
+    with lab.load(cluster) as stories:
+        while len(windows) < count and result.void <= count:
+            result.o2.ask(lab.tellers.flowing(FLOWS_WITHIN_S), "a stream stands still before the kill")
+            time.sleep(lab.chance.uniform(0.0, 0.2))
+            name = lab.chance.choice(cluster.names)
+            before = cluster.counters()
+            flowing = lab.tellers.flowing(FLOWS_WITHIN_S)
+            killed = cluster.nodes[name].kill()
+            time.sleep(WITHOUT_S)
+            moving = lab.tellers.flowing(FLOWS_WITHIN_S)
+            restarted = time.monotonic()
+            cluster.start_node(name)
+            cluster.until(f"{name} serves again", lambda name=name: cluster.serves(name), 30)
+            back = time.monotonic()
+            after = cluster.counters()
+            hit = any(after[what] > before[what] for what in ("late", "gone", "hedges", "retries", "fallbacks"))
+            result.o2.ask(moving, f"a stream stands still after the kill of {name}")
+            if not (flowing and hit):
+                result.void += 1
+                continue
+            result.runs += 1
+            windows.append((killed, back))
+            restarts.append((back - restarted) * 1e3)
+            if len(windows) % 50 == 0:
+                lab.progress(f"{len(windows)} of {count} kills")
+        time.sleep(0.3)
+    result.judge(stories)
+    lab.check_footprints(cluster, result)
+    usual = typical_gap(stories[: 4 * len(lab.tellers.tellers)])
+    stalls, begin = [], 0
+    for killed, back in windows:
+        while begin < len(stories) and stories[begin].ended < killed and stories[begin].began < killed - 60:
+            begin += 1
+        near = [story for story in stories[begin:] if story.began < back and story.ended > killed]
+        stalls.append(max(0.0, longest_gap(near, killed, back) - usual) * 1e3)
+    return stalls, restarts, usual * 1e3, cluster.counters()["fallbacks"] - first["fallbacks"]
+
+
+@scenario("2", "kill -9, sole holder, the router steps in", "O1, first stall <= 2 s (F2)")
+def kill_sole_holder(lab: Lab, result: Result) -> None:
+    cluster = lab.fresh()
+    stalls, restarts, usual, fallbacks = kills(lab, cluster, result, lab.few(5))
+    result.target_met(fallbacks > 0 or not stalls, "the router never stepped in")
+    result.target_met(max(stalls, default=0) <= 2000, f"stall {max(stalls, default=0):.0f} ms > 2 s")
+    result.figure(f"added stall {spread(stalls)}; back in {spread(restarts)}; {fallbacks} fallbacks", stalls_ms=stalls, restarts_ms=restarts)
+
+
+@scenario("2b", "kill -9, sole holder, no copy anywhere", "named 503 or error event <= 2 s, back <= 10 s")
+def kill_sole_holder_without_copy(lab: Lab, result: Result) -> None:
+    if not lab.program.can("router", "--no-fallback"):
+        return result.lacks("router --no-fallback")
+    cluster = lab.cluster(*NO_FALLBACK)
+    answers: list[tuple[float, int, bytes]] = []
+    name = lab.chance.choice(cluster.names)
+    killed = 0.0
+
+    def strike() -> None:
+        nonlocal killed
+        killed = cluster.nodes[name].kill()
+
+    def ask_without() -> bool:
+        began = time.monotonic()
+        status, body = cluster.client.ask("POST", "/v1/completions", {"prompt": "The", "max_tokens": 4})
+        answers.append((time.monotonic() - began, status, body))
+        return True
+
+    trial = run(lab, cluster, result, Fault(strike, lambda: None, 2.5, ask_without), refused=True)
+    if trial is None:
+        return None
+    ends = [story.ended - trial.began for story in trial.stories if story.began < killed < story.ended]
+    refused = [story for story in trial.stories if story.outcome is Outcome.REFUSED]
+    result.target_met(bool(refused), "no request was refused")
+    result.target_met(max(ends, default=0) <= 2, f"an error came after {max(ends, default=0):.1f} s")
+    unnamed = [story.error for story in refused if "expert" not in story.error]
+    result.target_met(not unnamed, f"an error names no expert: {unnamed[:1]}")
+    seconds, status, body = answers[-1]
+    result.target_met(status == 503 and b"expert" in body and seconds <= 2, f"while gone: {status} after {seconds:.1f} s: {body[:200]!r}")
+    result.target_met(trial.whole_s <= 10, f"back after {trial.whole_s:.1f} s")
+    result.figure(f"errors within {max(ends, default=0):.2f} s, {len(refused)} refused, back {trial.whole_s:.2f} s after restart")
+    return None
+
+
+@scenario("3", "kill -9 and restart at once, same address", "noticed <= 200 ms, serves <= 2 s")
+def restart(lab: Lab, result: Result) -> None:
+    cluster = lab.cluster()
+    noticed, served, stalls = [], [], []
+    for _ in range(lab.few(5)):
+        name = lab.chance.choice(cluster.names)
+
+        def strike(name: str = name) -> None:
+            before = cluster.node(name)["connections"]
+            cluster.nodes[name].kill()
+            began = time.monotonic()
+            cluster.start_node(name)
+            cluster.until("a new connection", lambda: cluster.node(name)["connections"] > before, 30)
+            noticed.append((time.monotonic() - began) * 1e3)
+            cluster.until("it serves", lambda: cluster.serves(name), 30)
+            served.append((time.monotonic() - began) * 1e3)
+
+        trial = run(lab, cluster, result, Fault(strike, lambda: None, 0.2))
+        if trial:
+            stalls.append(trial.stall_ms)
+    result.figure(f"new connection {spread(noticed)}; serves {spread(served)}; stall {spread(stalls)}", noticed_ms=noticed, served_ms=served)
+    # From the start of the new process: before it speaks there is nothing to notice.
+    result.target_met(max(noticed, default=0) <= 200 + 300, f"noticed after {max(noticed, default=0):.0f} ms")
+    result.target_met(max(served, default=0) <= 2000, f"served after {max(served, default=0):.0f} ms")
+
+
+@scenario("4", "SIGSTOP for 0.2, 2 and 10 s", "O1, serving <= 3 s after SIGCONT")
+def stopped(lab: Lab, result: Result) -> None:
+    cluster = lab.cluster()
+    for seconds in (0.2, 2.0, 60.0 if lab.options.long else 10.0):
+        name = lab.chance.choice(cluster.names)
+        node = cluster.nodes[name]
+        fault = Fault(lambda: node.signal(signal.SIGSTOP), lambda: node.signal(signal.SIGCONT), seconds)
+        trial = run(lab, cluster, result, fault)
+        if trial is None:
+            continue
+        used_s = used_again(lab, cluster, name, 35)
+        stale = trial.counters.get("stale", 0)
+        result.figure(f"{seconds:g} s: stall {trial.stall_ms:.0f} ms, serving {trial.whole_s:.1f} s after, {stale} stale, {ordinary_loss(trial.counters)}")
+        result.values[f"stall_{seconds:g}s_ms"] = trial.stall_ms
+        result.target_met(trial.whole_s <= 3, f"{seconds:g} s: serving after {trial.whole_s:.1f} s")
+        result.target_met(used_s is not None, f"{seconds:g} s: no more calls for {name}")
+
+
+def used_again(lab: Lab, cluster, name: str, seconds: float) -> float | None:
+    """How long it takes until calls to a node are answered again, under load; `None` if they are not."""
+    began, before = time.monotonic(), cluster.node(name)["calls"]
+    with lab.load(cluster, 1) as _:
+        while time.monotonic() < began + seconds:
+            if cluster.node(name)["calls"] > before:
+                return time.monotonic() - began
+            time.sleep(0.02)
+    return None
+
+
+@scenario("5", "one node with 10 % of a core", "token latency <= 1.5 x within 20 tokens, hedges <= 5 % of calls")
+def slow_node(lab: Lab, result: Result) -> None:
+    replicated = lab.program.can("router", "--replicas")
+    if not replicated:
+        result.lacks("router --replicas (there is nobody else to ask)")
+    cluster = lab.cluster(*(REPLICAS if replicated else ()))
+    name = lab.chance.choice(cluster.names)
+    pid = cluster.nodes[name].popen.pid
+    lasts = 6.0
+    fault = Fault(lambda: lab.lan.throttle(name, pid, 0.1), lambda: lab.lan.unthrottle(name), lasts, lambda: True)
+    trial = run(lab, cluster, result, fault)
+    if trial is None:
+        return
+    # 20 tokens are a fraction of a second; what the router learns of a slow node it has learned after two.
+    slow = speed(trial.stories, trial.began + 2.0, trial.healed)
+    ratio = trial.speed_before / slow if slow else float("inf")
+    calls, hedges = trial.counters.get("calls", 0), trial.counters.get("hedges", 0)
+    result.figure(f"{trial.speed_before:.0f} -> {slow:.0f} tok/s ({ratio:.1f} x the latency), stall {trial.stall_ms:.0f} ms, {hedges} hedges of {calls} calls, {ordinary_loss(trial.counters)}", latency=ratio)
+    if replicated:
+        result.target_met(ratio <= 1.5, f"latency {ratio:.1f} x")
+        result.target_met(hedges <= 0.05 * calls, f"{hedges} hedges of {calls} calls")
+
+
+@scenario("9", "two of three nodes cut off", "O1, stall <= 2 s; whole <= 5 s after healing")
+def majority_cut(lab: Lab, result: Result) -> None:
+    cluster = lab.cluster()
+    pair = cluster.names[:2]
+
+    def strike() -> None:
+        for name in pair:
+            lab.lan.unplug(name)
+
+    trial = run(lab, cluster, result, Fault(strike, lab.lan.heal, 5.0))
+    if trial is None:
+        return
+    without = speed(trial.stories, trial.began + 2.0, trial.healed)
+    result.figure(f"stall {trial.stall_ms:.0f} ms; {trial.speed_before:.0f} -> {without:.0f} tok/s; whole {trial.whole_s:.1f} s after healing", stall_ms=trial.stall_ms)
+    result.target_met(trial.stall_ms <= 2000, f"stall {trial.stall_ms:.0f} ms")
+    result.target_met(trial.whole_s <= 5, f"whole after {trial.whole_s:.1f} s")
+
+
+@scenario("9b", "two of three nodes cut off, no copy anywhere", "503 at once, bounded queue, whole <= 5 s after healing")
+def majority_cut_without_copy(lab: Lab, result: Result) -> None:
+    if not lab.program.can("router", "--no-fallback"):
+        return result.lacks("router --no-fallback")
+    cluster = lab.cluster(*NO_FALLBACK)
+    waiting: list[int] = []
+    times: list[float] = []
+
+    def strike() -> None:
+        for name in cluster.names[:2]:
+            lab.lan.unplug(name)
+
+    def look() -> bool:
+        for _ in range(10):
+            began = time.monotonic()
+            status, body = cluster.client.ask("POST", "/v1/completions", {"prompt": "The", "max_tokens": 4})
+            times.append(time.monotonic() - began)
+            result.target_met(status == 503 and b"expert" in body, f"while cut off: {status}: {body[:200]!r}")
+            waiting.append(cluster.state()["router"]["waiting"])
+        return True
+
+    trial = run(lab, cluster, result, Fault(strike, lab.lan.heal, 4.0, look), refused=True)
+    if trial is None:
+        return None
+    result.figure(f"503 within {max(times) * 1e3:.0f} ms; at most {max(waiting)} waited; whole {trial.whole_s:.1f} s after healing")
+    result.target_met(max(times) <= 0.5, f"503 after {max(times):.1f} s")
+    result.target_met(trial.whole_s <= 5, f"whole after {trial.whole_s:.1f} s")
+    return None
+
+
+@scenario("16", "SIGTERM and restart of every node in turn", "0 failed requests, 0 failed calls, each gone <= 10 s")
+def rolling_restart(lab: Lab, result: Result) -> None:
+    replicated = lab.program.can("router", "--replicas")
+    cluster = lab.cluster(*(REPLICAS if replicated else ()))
+    gone, served, before = [], [], cluster.counters()
+    with lab.load(cluster) as stories:
+        for name in cluster.names:
+            result.o2.ask(lab.tellers.flowing(FLOWS_WITHIN_S), f"a stream stands still before {name} leaves")
+            asked = time.monotonic()
+            status = cluster.nodes[name].stop(20)
+            gone.append(time.monotonic() - asked)
+            result.target_met(status == 0, f"{name} ended with {status}")
+            if status is None:
+                cluster.nodes[name].kill()
+            time.sleep(WITHOUT_S)
+            started = time.monotonic()
+            cluster.start_node(name)
+            cluster.until(f"{name} serves", lambda name=name: cluster.serves(name), 30)
+            served.append(time.monotonic() - started)
+            time.sleep(WITHOUT_S)
+            result.runs += 1
+        end = time.monotonic()
+    result.judge(stories)
+    lab.check_footprints(cluster, result)
+    after = cluster.counters()
+    delta = {name: after[name] - before[name] for name in after}
+    failed = sum(delta.get(name, 0) for name in ("late", "gone", "refused", "rejected"))
+    began = min(story.began for story in stories)
+    stall = (longest_gap(stories, began, end) - typical_gap(stories)) * 1e3
+    result.figure(f"gone in {max(gone):.2f} s, serves again in {max(served):.2f} s, stall {stall:.0f} ms, {failed} failed calls ({ordinary_loss(delta)})", stall_ms=stall)
+    result.target_met(max(gone) <= 10, f"drained for {max(gone):.1f} s")
+    result.target_met(failed == 0, f"{failed} calls failed: a node that leaves in order fails none")
+
+
+@scenario("18", "kill -9 of the router", "clients see the end, nodes come back, serves <= 5 s")
+def router_killed(lab: Lab, result: Result) -> None:
+    cluster = lab.cluster()
+    before = {name: (node.popen.pid, node.memory_kib()) for name, node in cluster.nodes.items()}
+    with lab.load(cluster) as stories:
+        flowed = lab.tellers.flowing(FLOWS_WITHIN_S)
+        time.sleep(lab.chance.uniform(0.3, 0.6))
+        killed = cluster.router.kill()
+        time.sleep(1.0)
+        in_between = {name: node.memory_kib() for name, node in cluster.nodes.items()}
+        started = time.monotonic()
+        cluster.router = cluster.start_router()
+        cluster.router.announced("ready")
+        cluster.until("all nodes serve", lambda: len(cluster.serving()) == len(cluster.names), 40)
+        ready = time.monotonic() - started
+        flows_again = lab.tellers.flowing(5.0)
+        time.sleep(1.0)
+    cut = [story for story in stories if story.outcome is Outcome.CUT and story.began < killed and story.ended >= killed]
+    if not (flowed and cut):
+        result.void += 1
+        return
+    result.runs += 1
+    result.judge(stories, cut=True, refused=True)
+    result.target_met(max(story.ended for story in cut) - killed <= 0.5, "a client learned of it after more than 0.5 s")
+    result.o2.ask(flows_again, "no stream after the restart")
+    for name, (pid, memory) in before.items():
+        alive = cluster.nodes[name].alive and cluster.nodes[name].popen.pid == pid
+        result.target_met(alive, f"{name} did not live through it")
+        if alive:
+            kept = min(in_between[name], cluster.nodes[name].memory_kib()) >= 0.9 * memory - 6144
+            result.target_met(kept, f"{name} dropped its experts: {memory} -> {in_between[name]} KiB")
+    lab.baseline = {pid: use for pid, use in lab.baseline.items() if pid in {pid for pid, _ in before.values()}}
+    lab.check_footprints(cluster, result)
+    result.figure(f"{len(cut)} streams ended at once; serving with all nodes {ready:.2f} s after the restart", ready_s=ready)
+    result.target_met(ready <= 5, f"ready after {ready:.1f} s")
