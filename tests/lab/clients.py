@@ -47,8 +47,7 @@ def disconnect(lab: Lab, result: Result) -> None:
 @scenario("23b", f"{SLOW_READERS} clients that do not read", "others go on, <= 1 MB held per stream, all freed")
 def slow_readers(lab: Lab, result: Result) -> None:
     cluster = lab.cluster()
-    pid = cluster.router.popen.pid
-    before = cluster.router.memory_kib()
+    before = cluster.footprint(cluster.router).memory_kib
     with contextlib.ExitStack() as open_ones:
         streams: list[socket.socket] = []
         for index in range(SLOW_READERS):
@@ -58,7 +57,7 @@ def slow_readers(lab: Lab, result: Result) -> None:
         with lab.load(cluster) as stories:
             flowed = lab.tellers.flowing(2.0)
             time.sleep(6.0)
-        held = (cluster.router.memory_kib() - lab.baseline[pid].memory_kib) / SLOW_READERS
+        held = (cluster.footprint(cluster.router).memory_kib - before) / SLOW_READERS
         time_left = time.monotonic()
     cluster.until("nothing runs", lambda: cluster.state()["router"]["running"] == 0, 10)
     freed = (time.monotonic() - time_left) * 1e3

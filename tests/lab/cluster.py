@@ -37,6 +37,8 @@ class Shape(NamedTuple):
     nodes: int = 3
     router: tuple[str, ...] = ()
     node: tuple[str, ...] = ()
+    # Length of the stories it is asked for: some 0.6 s at full speed.
+    tokens: int = 400
 
 
 class Program:
@@ -299,12 +301,20 @@ class Cluster:
     # What it uses.
 
     def footprints(self) -> dict[int, tuple[str, Footprint]]:
-        """By process id, so that a restarted one is another."""
+        """By process id, so that a restarted one is another. The KV cache keeps, on purpose, what it once took of
+        the memory it was given (--kv-memory), so it is not counted."""
         found = {}
         for process in [self.router, *self.nodes.values()]:
             if process.alive:
-                found[process.popen.pid] = (process.machine, Footprint(process.memory_kib(), process.descriptors()))
+                memory = process.memory_kib()
+                if process is self.router:
+                    memory -= self.state()["router"]["kv_peak_bytes"] >> 10
+                found[process.popen.pid] = (process.machine, Footprint(memory, process.descriptors()))
         return found
+
+    def footprint(self, process: Process) -> Footprint:
+        """That of one."""
+        return self.footprints()[process.popen.pid][1]
 
     def stop(self) -> None:
         """Kills everything."""

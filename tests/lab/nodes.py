@@ -30,8 +30,9 @@ def kill_with_replica(lab: Lab, result: Result) -> None:
     stalls, restarts, usual, fallbacks = kills(lab, cluster, result, lab.options.kills)
     if not stalls:
         return
+    same = result.values["same"]
     result.figure(
-        f"{len(stalls)} kills: added stall {spread(stalls)}; back in {spread(restarts)}; typical gap {usual:.1f} ms",
+        f"{same} of {len(stalls)} kills with the same text; added stall {spread(stalls)}; back in {spread(restarts)}; typical gap {usual:.1f} ms",
         kills=len(stalls),
         stalls_ms=stalls,
         restarts_ms=restarts,
@@ -75,12 +76,14 @@ def kills(lab: Lab, cluster, result: Result, count: int):
     result.judge(stories)
     lab.check_footprints(cluster, result)
     usual = typical_gap(stories[: 4 * len(lab.tellers.tellers)])
-    stalls, begin = [], 0
+    stalls, begin, same = [], 0, 0
     for killed, back in windows:
         while begin < len(stories) and stories[begin].ended < killed and stories[begin].began < killed - 60:
             begin += 1
         near = [story for story in stories[begin:] if story.began < back and story.ended > killed]
         stalls.append(max(0.0, longest_gap(near, killed, back) - usual) * 1e3)
+        same += all(story.right and story.outcome is Outcome.COMPLETE for story in near)
+    result.values["same"] = same
     return stalls, restarts, usual * 1e3, cluster.counters()["fallbacks"] - first["fallbacks"]
 
 

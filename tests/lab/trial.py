@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from client import Load, Story, longest_gap, speed, typical_gap
+from client import LONG_PROMPT, Load, Story, longest_gap, speed, typical_gap
 from cluster import Cluster, Footprint, Never, Program, Shape, say
 from net import Lan
 from oracles import Result, grown
 
 # Streams of the load; of each the text is known.
 STREAMS = 4
-STORY_TOKENS = 400
 # Just before a fault, on every stream.
 FLOWS_WITHIN_S = 2.0
 # A trial that misses is repeated this often.
@@ -55,9 +54,9 @@ class Lab:
         self.panics: list[str] = []
         self.began = time.monotonic()
 
-    def cluster(self, *router: str, nodes: int = 3, node: tuple[str, ...] = ()) -> Cluster:
-        """A healthy cluster with these arguments: the one that runs, if it has them."""
-        shape = Shape(nodes, router, node)
+    def cluster(self, *router: str, shape: Shape | None = None) -> Cluster:
+        """A healthy cluster whose router has these arguments, or of this shape: the one that runs, if it is such a one."""
+        shape = shape or Shape(router=router)
         if self.running and self.running.shape == shape:
             with contextlib.suppress(Never, OSError):
                 self.whole(self.running)
@@ -70,10 +69,10 @@ class Lab:
         self.warm_up(self.running)
         return self.running
 
-    def fresh(self, *router: str, nodes: int = 3, node: tuple[str, ...] = ()) -> Cluster:
+    def fresh(self, *router: str) -> Cluster:
         """The same, never used."""
         self.discard()
-        return self.cluster(*router, nodes=nodes, node=node)
+        return self.cluster(*router)
 
     def discard(self) -> None:
         """Ends the cluster that runs."""
@@ -92,7 +91,11 @@ class Lab:
     def warm_up(self, cluster: Cluster) -> None:
         """Brings memory to what load takes, and remembers it. The stories of the undisturbed cluster are checked, too."""
         with self.load(cluster) as stories:
-            time.sleep(1.5)
+            time.sleep(1.0)
+        # The largest frames and the most rows at a time.
+        long = cluster.client.tell(LONG_PROMPT, 4)
+        long.compare(self.program.told(LONG_PROMPT, 4))
+        stories.append(long)
         wrong = [story for story in stories if not story.right]
         if wrong:
             raise Never(f"the undisturbed cluster tells another story than the single process: {wrong[0].error or wrong[0].prompt}")
@@ -101,7 +104,7 @@ class Lab:
     @contextlib.contextmanager
     def load(self, cluster: Cluster, streams: int = STREAMS) -> Iterator[list[Story]]:
         """Streams while the body runs; afterwards the list has their stories."""
-        expected = [self.program.told(prompt, STORY_TOKENS) for prompt in range(streams)]
+        expected = [self.program.told(prompt, cluster.shape.tokens) for prompt in range(streams)]
         stories: list[Story] = []
         load = Load(cluster.client, expected)
         self.tellers = load
