@@ -53,8 +53,8 @@ def one_way(lab: Lab, result: Result) -> None:
 @scenario("10", "packets lost on every node's cable", "O1, >= 80 % of the speed at 1 %, >= 40 % at 5 %; 50 % for 1 s survived")
 def loss(lab: Lab, result: Result) -> None:
     # A step of the story model takes 2 ms, and a lost packet costs more than that however it is repeated. So the nodes are
-    # held to a pace at which a step takes some 17 ms, as one of a model of 30B on three such machines does.
-    cluster = lab.cluster(shape=Shape(node=("--pace-gb-s", "0.1"), tokens=60))
+    # held to a pace at which a step takes some 20 ms, as those of models worth a mesh do.
+    cluster = lab.cluster(shape=Shape(node=("--pace-gb-s", "0.08"), tokens=60))
     for share, floor, seconds in ((0.01, 0.8, MEASURE_S), (0.05, 0.4, MEASURE_S), (0.2, 0.0, MEASURE_S), (0.5, 0.0, 1.0)):
         dropped = 0
 

@@ -48,7 +48,7 @@ def missing() -> list[str]:
     if os.uname().sysname != "Linux":
         return ["Linux (network namespaces, cgroups)"]
     if os.geteuid() != 0:
-        found.append("root, for network namespaces: sudo make lab")
+        found.append("root, for network namespaces: make lab SUDO=sudo")
     packages = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
     if packages:
         found.append(f"{', '.join(p for p in PROGRAMS if shutil.which(p) is None)}: apt-get install {' '.join(packages)}")
