@@ -74,21 +74,29 @@ class Program:
         return self.stories[prompt, tokens]
 
 
+class Lie(NamedTuple):
+    """A program that takes a node's arguments and answers wrongly, and how: it reads that from MOEMESH_LIE."""
+
+    program: pathlib.Path
+    way: str
+
+
 class Process:
     """One process on one machine."""
 
-    def __init__(self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path) -> None:
+    def __init__(self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path, lie: Lie | None = None) -> None:
         self.machine = machine
+        path, more = (lie.program, {"MOEMESH_LIE": lie.way}) if lie else (program.path, {})
         self.log = log
         self.began = time.monotonic()
         with lan.at(machine), log.open("ab") as errors:
             self.popen = subprocess.Popen(
-                [program.path, *arguments, *program.verbose, "--stop-with-parent"],
+                [path, *arguments, *program.verbose, "--stop-with-parent"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=program.environment,
+                env=program.environment | more,
             )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
@@ -182,8 +190,9 @@ class Tokens:
 
     def node(self, index: int, cluster: "Cluster") -> list[str]:
         state = self.folder / node_name(index)
+        name = ["--name", node_name(index)] if self.program.can("node", "--name") else []
         known = ["--state", str(state)]
-        return known if state.exists() else [*known, "--join", cluster.token()]
+        return known if state.exists() else [*known, *name, "--join", cluster.token()]
 
 
 class Footprint(NamedTuple):
@@ -222,12 +231,12 @@ class Cluster:
         self.earlier.clear()
         return router
 
-    def start_node(self, name: str) -> Process:
+    def start_node(self, name: str, lie: Lie | None = None) -> Process:
         index = self.names.index(name)
         arguments = ["node", *self.begin.node(index, self), "--model", str(self.program.model), *self.shape.node]
         # The API answers once the router is ready, so not while nodes start for the first time.
         self.earlier[name] = self.node(name)["connections"] if name in self.nodes else 0
-        self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log")
+        self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
         return self.nodes[name]
 
     def mesh_address(self) -> str:

@@ -21,10 +21,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
-from relay import Relay
+from relay import ETH_P_ALL, FRAME_BYTES_MAX, Relay
 
 PREFIX = "moemeshlab"
 # The address plan: 10.77.0.0/24, which no machine of a test network is likely to use. Nothing leaves the namespaces.
@@ -98,6 +99,40 @@ def enter(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
+class Capture:
+    """Every frame that a machine sends or receives, while the body runs."""
+
+    def __init__(self, lan: "Lan", machine: str) -> None:
+        with lan.at(machine):
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, ETH_P_ALL)
+        self.socket.bind(("eth0", 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+        self.socket.settimeout(0.1)
+        self.frames: list[bytes] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+
+    def listen(self) -> None:
+        while True:
+            try:
+                self.frames.append(self.socket.recv(FRAME_BYTES_MAX))
+            except TimeoutError:
+                if self.over.is_set():
+                    return
+            except OSError:
+                # The interface went down for a moment.
+                continue
+
+    def __enter__(self) -> "Capture":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.socket.close()
+
+
 class Lan:
     """Machines and the cables between them and the switch."""
 
@@ -112,6 +147,7 @@ class Lan:
         self.slow: set[str] = set()
         self.cut: set[str] = set()
         self.quotas: dict[str, pathlib.Path] = {}
+        self.usurped: list[tuple[str, str]] = []
         self.made: list[str] = []
 
     def build(self) -> None:
@@ -207,6 +243,12 @@ class Lan:
         run("tc", "-n", self.namespace(machine), "qdisc", "replace", "dev", "eth0", *shape)
         run("tc", "-n", self.switch, "qdisc", "replace", "dev", port_of(machine), *shape)
 
+    def drip(self, machine: str) -> None:
+        """What the machine says leaves at 1 kB/s: it is not silent, and nothing of it is ever whole in time."""
+        self.slow.add(machine)
+        shape = ("root", "tbf", "rate", "8kbit", "burst", "2000", "limit", "60000")
+        run("tc", "-n", self.namespace(machine), "qdisc", "replace", "dev", "eth0", *shape)
+
     def bend(self, machine: str, **faults: float) -> Relay:
         """Puts a relay into the machine's cable, or changes what the one there does."""
         if machine not in self.relays:
@@ -246,10 +288,25 @@ class Lan:
     def unthrottle(self, name: str) -> None:
         release(self.quotas.pop(name))
 
+    def usurp(self, usurper: str, machine: str) -> None:
+        """A machine answers at another's address, and the other is cut off."""
+        self.unplug(machine)
+        self.usurped.append((usurper, machine))
+        run("ip", "-n", self.namespace(usurper), "address", "add", f"{self.address[machine]}/24", "dev", "eth0")
+        # Whoever knows the old place of the address learns the new one.
+        for other in self.machines:
+            if other != machine:
+                run("ip", "-n", self.namespace(other), "neighbour", "flush", "dev", "eth0")
+
     def heal(self) -> None:
         """Everything is whole again."""
         for machine in list(self.relays):
             self.straighten(machine)
+        for usurper, machine in self.usurped:
+            run("ip", "-n", self.namespace(usurper), "address", "del", f"{self.address[machine]}/24", "dev", "eth0")
+            for other in self.machines:
+                run("ip", "-n", self.namespace(other), "neighbour", "flush", "dev", "eth0")
+        self.usurped.clear()
         for machine in list(self.cut):
             self.plug(machine)
         for listener, rules in self.rules.items():
@@ -260,8 +317,9 @@ class Lan:
             run("ip", "-n", self.namespace(machine), "route", "del", "blackhole", f"{self.address[towards]}/32")
         self.holes.clear()
         for machine in self.slow:
-            run("tc", "-n", self.namespace(machine), "qdisc", "del", "dev", "eth0", "root")
-            run("tc", "-n", self.switch, "qdisc", "del", "dev", port_of(machine), "root")
+            for namespace, interface in ((self.namespace(machine), "eth0"), (self.switch, port_of(machine))):
+                # One that drips is shaped at one end only.
+                subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", interface, "root"], stderr=subprocess.DEVNULL, check=False)
         self.slow.clear()
         for name in list(self.quotas):
             self.unthrottle(name)

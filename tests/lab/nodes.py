@@ -6,19 +6,13 @@ import time
 from client import Outcome, longest_gap, speed, typical_gap
 from oracles import Result, quantile, spread
 from registry import scenario
-from trial import FLOWS_WITHIN_S, Fault, Lab, run
+from trial import FLOWS_WITHIN_S, Fault, Lab, ordinary_loss, run
 
 # Between a kill and the restart: longer than the longest budget of a call and its retry, so that what the router does
 # without the node is seen, too.
 WITHOUT_S = 0.5
 REPLICAS = ("--replicas", "2")
 NO_FALLBACK = ("--no-fallback",)
-
-
-def ordinary_loss(state_failures: dict[str, int]) -> str:
-    """What the router did about failed calls, in words."""
-    words = [f"{state_failures.get(name, 0)} {name}" for name in ("late", "gone", "hedges", "retries", "fallbacks") if state_failures.get(name)]
-    return ", ".join(words) or "no call failed"
 
 
 @scenario("1", "kill -9, a replica elsewhere", "O1 of all kills, added stall p99 <= 400 ms (F1)")

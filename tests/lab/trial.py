@@ -27,7 +27,7 @@ REPEATS = 3
 WHOLE_WITHIN_S = 45.0
 # Memory that is being freed needs a moment.
 SETTLES_WITHIN_S = 5.0
-MACHINES = ("router", "node-1", "node-2", "node-3", "client", "rogue")
+MACHINES = ("router", "node-1", "node-2", "node-3", "client", "guest", "rogue")
 
 
 @dataclass
@@ -217,3 +217,9 @@ def attempt(lab: Lab, cluster: Cluster, fault: Fault) -> tuple[Trial, bool]:
     delta = {name: after[name] - before[name] for name in after}
     trial = Trial(began, healed, ended, stories, delta, whole_s)
     return trial, flowed and happened and (fault.happened is not None or trial.noticed())
+
+
+def ordinary_loss(counters: dict[str, int]) -> str:
+    """What the router did about failed calls, in words."""
+    words = [f"{counters.get(name, 0)} {name}" for name in ("late", "gone", "hedges", "retries", "fallbacks") if counters.get(name)]
+    return ", ".join(words) or "no call failed"
