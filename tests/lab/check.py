@@ -179,7 +179,11 @@ def faults(lan: Lan, one: str, other: str) -> Iterator[tuple[str, bool, str]]:
         settle(lan, one, other)
         relay = lan.bend(one)
         through = probe(lan, one, other)
-        yield "relay", through.share == 1 and through.overtaken == 0, f"{through.share:.0%} back in {through.median_ms:.2f} ms"
+        yield (
+            "relay",
+            through.share == 1 and through.overtaken == 0,
+            f"{through.share:.0%} back in {through.median_ms:.2f} ms",
+        )
         relay.set(delay_ms=10)
         late = probe(lan, one, other)
         added = late.median_ms - through.median_ms
@@ -214,5 +218,3 @@ def sound(lan: Lan, one: str, other: str) -> tuple[bool, str]:
         if all(well for _, well, _ in results):
             return True, "\n".join(lines)
     return False, "\n".join(lines)
-
-

@@ -7,7 +7,6 @@ takes longer than a deadline, breaks oracle O2.
 
 import base64
 import bisect
-import contextlib
 import enum
 import http.client
 import json
@@ -148,7 +147,11 @@ class Story:
         times = [self.began, *self.times]
         if self.outcome in (Outcome.REFUSED, Outcome.CUT, Outcome.HANGING):
             times.append(self.ended)
-        gaps = [min(late, until) - max(early, since) for early, late in zip(times, times[1:]) if late > since and early < until]
+        gaps = [
+            min(late, until) - max(early, since)
+            for early, late in zip(times, times[1:])
+            if late > since and early < until
+        ]
         # A gap that began before the fault is a gap of the fault.
         return max(gaps, default=0.0)
 
@@ -305,14 +308,33 @@ def typical_gap(stories: list[Story]) -> float:
     return statistics.median(gaps) if gaps else 0.0
 
 
+def gaps_after(stories: list[Story], since: float, first: int, count: int) -> list[float]:
+    """Times between tokens of each stream, from the `first` one after an instant on, in seconds."""
+    found = []
+    for story in stories:
+        at = bisect.bisect_left(story.times, since)
+        if 0 < at < len(story.times):
+            times = story.times[at + first : at + first + count + 1]
+            found += [late - early for early, late in zip(times, times[1:])]
+    return found
+
+
 def longest_gap(stories: list[Story], since: float, until: float) -> float:
     """Longest gap of any stream between two instants."""
-    return max((story.longest_gap(since, until) for story in stories if story.ended > since and story.began < until), default=0.0)
+    return max(
+        (story.longest_gap(since, until) for story in stories if story.ended > since and story.began < until),
+        default=0.0,
+    )
 
 
 def find_secret(frames: list[bytes], secret: bytes) -> int:
     """Frames that contain the secret, as it is or as text."""
-    forms = {secret, secret.hex().encode(), base64.b64encode(secret).rstrip(b"="), base64.urlsafe_b64encode(secret).rstrip(b"=")}
+    forms = {
+        secret,
+        secret.hex().encode(),
+        base64.b64encode(secret).rstrip(b"="),
+        base64.urlsafe_b64encode(secret).rstrip(b"="),
+    }
     return sum(any(form in frame for form in forms) for frame in frames)
 
 

@@ -65,5 +65,8 @@ def slow_readers(lab: Lab, result: Result) -> None:
     result.o2.ask(flowed, "streams beside slow readers stand still")
     result.judge(stories)
     lab.check_footprints(cluster, result)
-    result.figure(f"{max(0, held):.0f} KiB held per reader (router {before / 1024:.0f} MiB before); all ended {freed:.0f} ms after they left", held_kib=held)
+    result.figure(
+        f"{max(0, held):.0f} KiB held per reader (router {before / 1024:.0f} MiB before); all ended {freed:.0f} ms after they left",
+        held_kib=held,
+    )
     result.target_met(held <= BUFFER_KIB_MAX, f"{held:.0f} KiB held per reader")

@@ -57,7 +57,9 @@ class Program:
 
     def ask(self, *arguments: str) -> str:
         """What it prints, or nothing where it refuses."""
-        done = subprocess.run([self.path, *arguments], capture_output=True, text=True, env=self.environment, check=False)
+        done = subprocess.run(
+            [self.path, *arguments], capture_output=True, text=True, env=self.environment, check=False
+        )
         return done.stdout if done.returncode == 0 else ""
 
     def can(self, command: str, flag: str) -> bool:
@@ -84,7 +86,9 @@ class Lie(NamedTuple):
 class Process:
     """One process on one machine."""
 
-    def __init__(self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path, lie: Lie | None = None) -> None:
+    def __init__(
+        self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path, lie: Lie | None = None
+    ) -> None:
         self.machine = machine
         path, more = (lie.program, {"MOEMESH_LIE": lie.way}) if lie else (program.path, {})
         self.log = log
@@ -115,7 +119,9 @@ class Process:
             except queue.Empty:
                 raise RuntimeError(f"{self.machine} did not say '{key}' within {STARTS_WITHIN_S:.0f} s") from None
             if line is None:
-                raise RuntimeError(f"{self.machine} ended with {self.popen.wait()} before it said '{key}': {self.tail()}")
+                raise RuntimeError(
+                    f"{self.machine} ended with {self.popen.wait()} before it said '{key}': {self.tail()}"
+                )
             with contextlib.suppress(ValueError):
                 value = json.loads(line)
                 if isinstance(value, dict) and key in value:
@@ -270,7 +276,11 @@ class Cluster:
 
     def serving(self) -> list[str]:
         nodes = self.state()["nodes"]
-        return [node["name"] for node in nodes if node["state"] == "serving" and node["connections"] > self.earlier.get(node["name"], 0)]
+        return [
+            node["name"]
+            for node in nodes
+            if node["state"] == "serving" and node["connections"] > self.earlier.get(node["name"], 0)
+        ]
 
     def counters(self) -> collections.Counter[str]:
         """What can tell that calls failed, as running numbers; and how many there were."""

@@ -52,7 +52,9 @@ def missing() -> list[str]:
         found.append("root, for network namespaces: make lab SUDO=sudo")
     packages = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
     if packages:
-        found.append(f"{', '.join(p for p in PROGRAMS if shutil.which(p) is None)}: apt-get install {' '.join(packages)}")
+        found.append(
+            f"{', '.join(p for p in PROGRAMS if shutil.which(p) is None)}: apt-get install {' '.join(packages)}"
+        )
     if not found:
         found += untried()
     return found
@@ -65,7 +67,23 @@ def untried() -> list[str]:
         run("ip", "netns", "add", name)
         run("ip", "-n", name, "link", "add", "one", "type", "veth", "peer", "name", "other")
         run("ip", "-n", name, "link", "add", "switch", "type", "bridge")
-        run("tc", "-n", name, "qdisc", "add", "dev", "one", "root", "tbf", "rate", "10mbit", "burst", "32kb", "latency", "50ms")
+        run(
+            "tc",
+            "-n",
+            name,
+            "qdisc",
+            "add",
+            "dev",
+            "one",
+            "root",
+            "tbf",
+            "rate",
+            "10mbit",
+            "burst",
+            "32kb",
+            "latency",
+            "50ms",
+        )
         rules(name, ["numgen random mod 10 < 1 drop"])
     except subprocess.CalledProcessError as error:
         words = " ".join(error.cmd)
@@ -256,7 +274,13 @@ class Lan:
             run("ip", "-n", self.switch, "link", "add", here, "type", "veth", "peer", "name", there)
             plain(self.switch, here)
             plain(self.switch, there)
-            batch(self.switch, f"link set {here} up", f"link set {there} up", f"link set {port} nomaster", f"link set {there} master bridge")
+            batch(
+                self.switch,
+                f"link set {here} up",
+                f"link set {there} up",
+                f"link set {port} nomaster",
+                f"link set {there} master bridge",
+            )
             with inside(self.switch):
                 self.relays[machine] = Relay(port, here)
         self.relays[machine].set(**faults)
@@ -319,7 +343,11 @@ class Lan:
         for machine in self.slow:
             for namespace, interface in ((self.namespace(machine), "eth0"), (self.switch, port_of(machine))):
                 # One that drips is shaped at one end only.
-                subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", interface, "root"], stderr=subprocess.DEVNULL, check=False)
+                subprocess.run(
+                    ["tc", "-n", namespace, "qdisc", "del", "dev", interface, "root"],
+                    stderr=subprocess.DEVNULL,
+                    check=False,
+                )
         self.slow.clear()
         for name in list(self.quotas):
             self.unthrottle(name)

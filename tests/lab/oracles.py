@@ -89,11 +89,18 @@ class Result:
 
     def judge(self, stories: Iterable[Story], refused: bool = False, cut: bool = False) -> None:
         """O1 and O2 of requests. `refused`, `cut`: whether a documented error or a broken connection is a good end."""
-        good = {Outcome.COMPLETE, Outcome.LEFT} | ({Outcome.REFUSED} if refused else set()) | ({Outcome.CUT} if cut else set())
+        good = (
+            {Outcome.COMPLETE, Outcome.LEFT}
+            | ({Outcome.REFUSED} if refused else set())
+            | ({Outcome.CUT} if cut else set())
+        )
         for story in stories:
             where = f"prompt {story.prompt}, {len(story.times)} of {story.tokens} tokens"
             self.o1.ask(bool(story.right), f"another story: {where}")
-            self.o2.ask(story.outcome in good, f"{story.outcome.value if story.outcome else 'open'}: {where} {story.error[:300]}")
+            self.o2.ask(
+                story.outcome in good,
+                f"{story.outcome.value if story.outcome else 'open'}: {where} {story.error[:300]}",
+            )
 
 
 def grown(before: Footprint, after: Footprint) -> str:

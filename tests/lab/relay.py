@@ -139,7 +139,12 @@ def with_a_bit_turned(frame: bytes, chance: random.Random) -> bytes | None:
     udp = ETHERNET_BYTES + header
     fragment = int.from_bytes(frame[ETHERNET_BYTES + 6 : ETHERNET_BYTES + 8], "big") & 0x3FFF
     length = int.from_bytes(frame[udp + 4 : udp + 6], "big")
-    if frame[ETHERNET_BYTES + 9] != socket.IPPROTO_UDP or fragment or length <= UDP_HEADER_BYTES or udp + length > len(frame):
+    if (
+        frame[ETHERNET_BYTES + 9] != socket.IPPROTO_UDP
+        or fragment
+        or length <= UDP_HEADER_BYTES
+        or udp + length > len(frame)
+    ):
         return None
     bent = bytearray(frame)
     bit = chance.randrange((length - UDP_HEADER_BYTES) * 8)

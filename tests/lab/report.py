@@ -15,7 +15,9 @@ def table(results: list[Result]) -> str:
     rows = [HEAD]
     for result in results:
         runs = f"{result.runs} ({result.void})" if result.void else str(result.runs)
-        rows.append((result.row, result.name, runs, str(result.o1), str(result.o2), str(result.o3), result.verdict.value))
+        rows.append(
+            (result.row, result.name, runs, str(result.o1), str(result.o2), str(result.o3), result.verdict.value)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = []
     for row, result in zip(rows, [None, *results]):
@@ -26,7 +28,9 @@ def table(results: list[Result]) -> str:
             lines += below(result)
     lines.append("")
     lines.append("runs: faults that hit calls in flight (in brackets: void ones that did not, repeated)")
-    lines.append("O1: stories equal to the last bit; O2: requests that ended once; O3: processes whose memory and files returned")
+    lines.append(
+        "O1: stories equal to the last bit; O2: requests that ended once; O3: processes whose memory and files returned"
+    )
     return "\n".join(lines)
 
 
@@ -35,7 +39,11 @@ def below(result: Result) -> list[str]:
     for name, oracle in (("O1", result.o1), ("O2", result.o2), ("O3", result.o3)):
         lines += [f"{name} broken: {words}" for words in oracle.broken[:3]]
     lines += [f"MISSED: {words}" for words in result.missed]
-    return [wrapped for line in lines for wrapped in textwrap.wrap(line, WIDTH, initial_indent="      ", subsequent_indent="        ")]
+    return [
+        wrapped
+        for line in lines
+        for wrapped in textwrap.wrap(line, WIDTH, initial_indent="      ", subsequent_indent="        ")
+    ]
 
 
 def summary(results: list[Result], seconds: float) -> str:

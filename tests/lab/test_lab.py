@@ -64,7 +64,9 @@ class Streams(unittest.TestCase):
     def test_an_error_event_needs_a_name(self) -> None:
         named = event({"error": {"message": "experts 3.1 have no holder", "code": "experts_missing", "type": "x"}})
         self.assertIs(heard(HEAD + token(7) + named + b"0\r\n\r\n").outcome, Outcome.REFUSED)
-        self.assertIs(heard(HEAD + token(7) + event({"error": {"message": "x"}}) + b"0\r\n\r\n").outcome, Outcome.BROKEN)
+        self.assertIs(
+            heard(HEAD + token(7) + event({"error": {"message": "x"}}) + b"0\r\n\r\n").outcome, Outcome.BROKEN
+        )
 
     def test_a_status_other_than_200_needs_a_name_and_a_time(self) -> None:
         body = json.dumps({"error": {"message": "m", "code": "c", "type": "t"}}).encode()
@@ -140,7 +142,9 @@ class Frames(unittest.TestCase):
     def datagram(self, payload: bytes) -> bytes:
         length = 8 + len(payload)
         addresses = bytes([10, 0, 0, 1, 10, 0, 0, 2])
-        header = bytes([0x45, 0, *(20 + length).to_bytes(2, "big"), 0, 1, 0x40, 0, 64, socket.IPPROTO_UDP, 0, 0]) + addresses
+        header = (
+            bytes([0x45, 0, *(20 + length).to_bytes(2, "big"), 0, 1, 0x40, 0, 64, socket.IPPROTO_UDP, 0, 0]) + addresses
+        )
         udp = bytes([0, 7, 0, 9, *length.to_bytes(2, "big"), 0, 0])
         return bytes(12) + b"\x08\x00" + header + udp + payload
 
@@ -163,7 +167,17 @@ class Frames(unittest.TestCase):
     def test_the_same_seed_gives_the_same_fates(self) -> None:
         def fates(seed: int) -> tuple[dict[str, int], list[int]]:
             cable = relay.Cable([])
-            cable.change({**relay.CLEAN, "loss": 0.2, "duplicate": 0.2, "reorder": 0.2, "jitter_ms": 1, "delay_ms": 2, "seed": seed})
+            cable.change(
+                {
+                    **relay.CLEAN,
+                    "loss": 0.2,
+                    "duplicate": 0.2,
+                    "reorder": 0.2,
+                    "jitter_ms": 1,
+                    "delay_ms": 2,
+                    "seed": seed,
+                }
+            )
             for number in range(500):
                 cable.take(number % 2, number.to_bytes(60, "big"), number / 1e3)
             return cable.count, [entry[1] for entry in sorted(cable.waiting)]
@@ -182,7 +196,9 @@ class Story_(unittest.TestCase):
 
     def test_blocks_know_their_machine_and_whether_they_stay(self) -> None:
         found = script("story").blocks(self.README)
-        self.assertEqual([(block.line, block.machine, block.stays) for block in found], [(5, "router", False), (7, "first", True)])
+        self.assertEqual(
+            [(block.line, block.machine, block.stays) for block in found], [(5, "router", False), (7, "first", True)]
+        )
         self.assertEqual(found[0].text, "# on the router; first\nmoemesh token\n")
 
     def test_a_block_without_a_machine_is_a_mistake(self) -> None:

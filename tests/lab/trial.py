@@ -98,7 +98,9 @@ class Lab:
         stories.append(long)
         wrong = [story for story in stories if not story.right]
         if wrong:
-            raise Never(f"the undisturbed cluster tells another story than the single process: {wrong[0].error or wrong[0].prompt}")
+            raise Never(
+                f"the undisturbed cluster tells another story than the single process: {wrong[0].error or wrong[0].prompt}"
+            )
         self.baseline = {pid: use for pid, (_, use) in cluster.footprints().items()}
 
     @contextlib.contextmanager
@@ -221,5 +223,9 @@ def attempt(lab: Lab, cluster: Cluster, fault: Fault) -> tuple[Trial, bool]:
 
 def ordinary_loss(counters: dict[str, int]) -> str:
     """What the router did about failed calls, in words."""
-    words = [f"{counters.get(name, 0)} {name}" for name in ("late", "gone", "hedges", "retries", "fallbacks") if counters.get(name)]
+    words = [
+        f"{counters.get(name, 0)} {name}"
+        for name in ("late", "gone", "hedges", "retries", "fallbacks")
+        if counters.get(name)
+    ]
     return ", ".join(words) or "no call failed"

@@ -58,10 +58,14 @@ def refused(result: Result, process: Process, words: tuple[str, ...], what: str)
     """It must end by itself, with a status that says so and a message with one of these words."""
     status, message = ended(process), process.tail()
     result.target_met(status not in (None, 0), f"{what}: ended with {status}")
-    result.target_met(any(word in message for word in words), f"{what}: it does not say {' or '.join(words)}: {message[-300:]}")
+    result.target_met(
+        any(word in message for word in words), f"{what}: it does not say {' or '.join(words)}: {message[-300:]}"
+    )
 
 
-@scenario("27", "nodes without a token, with another key, with a copy of a node's folder", "none gets in; the others serve on")
+@scenario(
+    "27", "nodes without a token, with another key, with a copy of a node's folder", "none gets in; the others serve on"
+)
 def no_token(lab: Lab, result: Result) -> None:
     if not lab.program.joins:
         return result.lacks(JOINING)
@@ -78,7 +82,12 @@ def no_token(lab: Lab, result: Result) -> None:
         arguments = ["node", "--state", str(folder), "--model", str(lab.program.model)]
         forger = Process(lab.program, lab.lan, ROGUE, arguments, cluster.folder / "forger.log")
         empty = ["node", "--state", str(cluster.folder / "empty"), "--model", str(lab.program.model)]
-        refused(result, Process(lab.program, lab.lan, ROGUE, empty, cluster.folder / "empty.log"), ("--join", "token"), "without a token")
+        refused(
+            result,
+            Process(lab.program, lab.lan, ROGUE, empty, cluster.folder / "empty.log"),
+            ("--join", "token"),
+            "without a token",
+        )
         time.sleep(4)
         gone = not forger.alive
         result.figure(f"forged key: {'the node gives up' if gone else 'the node tries on'}: {last_words(forger)}")
@@ -102,14 +111,20 @@ def other_key(lab: Lab, cluster: Cluster, folder: pathlib.Path) -> None:
     made = [lab.program.path, "router", "--state", str(stranger), "--model", str(lab.program.model)]
     made += ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--announce", "--stop-with-parent"]
     with lab.lan.at(ROGUE):
-        process = subprocess.Popen(made, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=lab.program.environment)
+        process = subprocess.Popen(
+            made, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=lab.program.environment
+        )
     process.stdout.readline()
     process.kill()
     process.wait()
     keys = [path for path in folder.iterdir() if path.suffix == ".key" or path.name == "key"]
-    found = [path for path in stranger.iterdir() if path.name in {key.name for key in keys}] or list(stranger.glob("*.key"))
+    found = [path for path in stranger.iterdir() if path.name in {key.name for key in keys}] or list(
+        stranger.glob("*.key")
+    )
     if not keys or not found:
-        raise RuntimeError(f"no key file among {[path.name for path in folder.iterdir()]} and {[path.name for path in stranger.iterdir()]}")
+        raise RuntimeError(
+            f"no key file among {[path.name for path in folder.iterdir()]} and {[path.name for path in stranger.iterdir()]}"
+        )
     shutil.copy(found[0], keys[0])
     keys[0].chmod(0o600)
 
@@ -140,7 +155,9 @@ def token_reuse(lab: Lab, result: Result) -> None:
     said_used = sum("used" in process.tail() for process in crowd if not process.alive)
     now = members(cluster)
     result.runs += 1
-    result.figure(f"of {AT_ONCE} at once {len(inside)} got in, {said_used} were told that the token was used; roster {before} -> {len(now)}")
+    result.figure(
+        f"of {AT_ONCE} at once {len(inside)} got in, {said_used} were told that the token was used; roster {before} -> {len(now)}"
+    )
     result.target_met(len(inside) == 1 and len(now) == before + 1, f"{len(inside)} run, the roster has {now}")
     refused(result, joining(lab, cluster, GUEST, "again", token), ("used",), "used again")
     for process in crowd:
@@ -153,7 +170,9 @@ def token_reuse(lab: Lab, result: Result) -> None:
     return None
 
 
-@scenario("29", "another router at the router's address", "the node refuses, the secret never leaves it, the token stays good")
+@scenario(
+    "29", "another router at the router's address", "the node refuses, the secret never leaves it, the token stays good"
+)
 def man_in_the_middle(lab: Lab, result: Result) -> None:
     if not lab.program.joins:
         return result.lacks(JOINING)
@@ -171,7 +190,12 @@ def man_in_the_middle(lab: Lab, result: Result) -> None:
     try:
         lab.lan.usurp(ROGUE, "router")
         with Capture(lab.lan, GUEST) as there, Capture(lab.lan, ROGUE) as here:
-            refused(result, joining(lab, cluster, GUEST, "betrayed", token), ("not a router of this", "impostor", "cluster"), "at the impostor")
+            refused(
+                result,
+                joining(lab, cluster, GUEST, "betrayed", token),
+                ("not a router of this", "impostor", "cluster"),
+                "at the impostor",
+            )
         answers = sum(from_router(lab, frame) for frame in there.frames)
         seen = find_secret(there.frames, secret) + find_secret(here.frames, secret)
         digits = token.partition(".")[2].encode()
@@ -208,7 +232,9 @@ def from_router(lab: Lab, frame: bytes) -> bool:
 
 @scenario("30", "a copied certificate without its key", "refused")
 def copied_certificate(lab: Lab, result: Result) -> None:
-    result.lacks("another program: this one never shows a certificate whose key it lacks. The Rust test a_copied_certificate_without_its_key_does_not shows it")
+    result.lacks(
+        "another program: this one never shows a certificate whose key it lacks. The Rust test a_copied_certificate_without_its_key_does_not shows it"
+    )
 
 
 @scenario("31", "a node revoked while it serves", "cut off <= 1 s, cannot return, O1")
@@ -232,7 +258,13 @@ def revoked(lab: Lab, result: Result) -> None:
         process = cluster.nodes[name]
         if process.alive:
             process.kill()
-        process = Process(lab.program, lab.lan, name, ["node", "--state", str(cluster.folder / name), "--model", str(lab.program.model)], process.log)
+        process = Process(
+            lab.program,
+            lab.lan,
+            name,
+            ["node", "--state", str(cluster.folder / name), "--model", str(lab.program.model)],
+            process.log,
+        )
         time.sleep(4)
         back = of(cluster, name).get("state") in ("serving", "loading", "waiting")
         result.target_met(not back, "it is back")
@@ -281,7 +313,9 @@ def nonsense(lab: Lab, result: Result) -> None:
         if trial is None:
             continue
         wrong = trial.counters.get("malformed", 0) + trial.counters.get("rejected", 0)
-        result.figure(f"{way}: {wrong} rejected, then {seen[-1]}, stall {trial.stall_ms:.0f} ms, serving {trial.whole_s:.1f} s after an honest restart")
+        result.figure(
+            f"{way}: {wrong} rejected, then {seen[-1]}, stall {trial.stall_ms:.0f} ms, serving {trial.whole_s:.1f} s after an honest restart"
+        )
         result.target_met(wrong >= 3, f"{way}: only {wrong} rejected")
         result.target_met(seen[-1] == "quarantined", f"{way}: {seen[-1]} instead of quarantined")
     return None
@@ -296,5 +330,8 @@ def drip(lab: Lab, result: Result) -> None:
     trial = run(lab, cluster, result, Fault(lambda: lab.lan.drip(name), lab.lan.heal, 5.0))
     if trial is None:
         return
-    result.figure(f"stall {trial.stall_ms:.0f} ms, serving {trial.whole_s:.1f} s after, {ordinary_loss(trial.counters)}", stall_ms=trial.stall_ms)
+    result.figure(
+        f"stall {trial.stall_ms:.0f} ms, serving {trial.whole_s:.1f} s after, {ordinary_loss(trial.counters)}",
+        stall_ms=trial.stall_ms,
+    )
     result.target_met(trial.stall_ms <= 2000, f"stall {trial.stall_ms:.0f} ms")
