@@ -31,6 +31,10 @@ STARTS_WITHIN_S = 60.0
 POLL_S = 0.01
 
 
+# What the router counts for each node: calls that failed and why, and replies that came too late to matter.
+OF_NODES = ("late", "gone", "refused", "rejected", "stale")
+
+
 class Shape(NamedTuple):
     """What a cluster is made of; two scenarios with the same shape share a running cluster."""
 
@@ -286,11 +290,10 @@ class Cluster:
         """What can tell that calls failed, as running numbers; and how many there were."""
         state = self.state()
         count = collections.Counter({name: value for name, value in state["router"].items() if isinstance(value, int)})
+        for name in OF_NODES:
+            count[name] = sum(node.get(name, 0) for node in state["nodes"])
         for node in state["nodes"]:
-            for name in ("late", "gone", "refused", "rejected", "stale"):
-                count[name] += node.get(name, 0)
             count[f"{node['name']}.calls"] = node["calls"]
-            count[f"{node['name']}.connections"] = node.get("connections", 0)
         return count
 
     def metric(self, name: str) -> float:

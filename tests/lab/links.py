@@ -177,7 +177,7 @@ def bits(lab: Lab, result: Result) -> None:
         trial = run(lab, cluster, result, Fault(strike, lab.lan.heal, seconds, happened))
         if trial is None:
             continue
-        rejected = trial.counters.get("rejected", 0) + trial.counters.get("malformed", 0)
+        rejected = trial.counters["rejected"]
         result.figure(f"{share:g}: {flipped} bent, {rejected} replies rejected, {trial.failed_calls()} failed calls")
         result.target_met(rejected == 0, f"{share:g}: {rejected} bent replies got as far as us")
 
