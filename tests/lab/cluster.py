@@ -57,6 +57,9 @@ class Program:
         self.verbose: tuple[str, ...] = ()
         self.stories: dict[tuple[int, int], Told] = {}
         self.help = {name: self.ask(name, "--help") for name in ("router", "node", "token", "nodes")}
+        began = time.monotonic()
+        self.ask("--version")
+        self.begins_ms = (time.monotonic() - began) * 1e3
         self.joins = "--join" in self.help["node"]
 
     def ask(self, *arguments: str) -> str:

@@ -89,8 +89,10 @@ def no_token(lab: Lab, result: Result) -> None:
             "without a token",
         )
         time.sleep(4)
-        gone = not forger.alive
-        result.figure(f"forged key: {'the node gives up' if gone else 'the node tries on'}: {last_words(forger)}")
+        result.figure(f"with another key: {last_words(forger)}")
+        result.target_met(
+            "handshake" in forger.tail() or "refused" in forger.tail(), "the forger met nobody who refused it"
+        )
         result.target_met(members(cluster) == before, f"the cluster has {members(cluster)}")
         result.target_met(len(cluster.serving()) == len(cluster.names), "a real node was disturbed")
         if forger.alive:
@@ -100,6 +102,41 @@ def no_token(lab: Lab, result: Result) -> None:
     result.judge(stories)
     failed = sum(after[name] - counted[name] for name in ("late", "gone", "refused", "rejected"))
     result.target_met(failed == 0, f"{failed} calls failed meanwhile")
+    lab.check_footprints(cluster, result)
+    return None
+
+
+@scenario("27b", "a copy of a node's whole folder on a second machine", "noticed, the first serves on, O1")
+def clone(lab: Lab, result: Result) -> None:
+    if not lab.program.joins:
+        return result.lacks(JOINING)
+    cluster = lab.fresh()
+    name = lab.chance.choice(cluster.names)
+    folder = cluster.folder / "clone"
+    with lab.load(cluster) as stories:
+        lab.tellers.flowing(2)
+        shutil.copytree(cluster.folder / name, folder)
+        before = cluster.node(name)
+        arguments = ["node", "--state", str(folder), "--model", str(lab.program.model)]
+        copy = Process(lab.program, lab.lan, ROGUE, arguments, cluster.folder / "clone.log")
+        time.sleep(5)
+        after = cluster.node(name)
+        lab.tellers.flowing(2)
+    if copy.alive:
+        copy.kill()
+    result.runs += 1
+    result.judge(stories)
+    said = [
+        log
+        for log in (copy.log, cluster.router.log)
+        if re.search("clone|same key|two machines|copied", log.read_text())
+    ]
+    result.figure(f"noticed in {', '.join(log.stem for log in said) or 'no log'}: {last_words(copy)}")
+    result.figure(f"{after['connections'] - before['connections']} changes of connection")
+    result.target_met(bool(said), "nobody says that two machines have one key")
+    result.target_met(
+        cluster.nodes[name].alive and after["address"] == before["address"], "the clone took the node's place"
+    )
     lab.check_footprints(cluster, result)
     return None
 
