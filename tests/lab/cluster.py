@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import queue
+import random
 import re
 import signal
 import subprocess
@@ -33,6 +34,11 @@ POLL_S = 0.01
 
 # What the router counts for each node: calls that failed and why, and replies that came too late to matter.
 OF_NODES = ("late", "gone", "refused", "rejected", "stale")
+
+
+# Of packed experts, to find them in a node's memory: a node of three holds some ten of them.
+SAMPLES = 32
+SAMPLE_BYTES = 64
 
 
 class Shape(NamedTuple):
@@ -81,6 +87,20 @@ class Program:
             last = json.loads(done.stdout.splitlines()[-1])
             self.stories[prompt, tokens] = Told(tuple(last["token_ids"]), last["logits_digest"])
         return self.stories[prompt, tokens]
+
+    def weight_samples(self) -> list[bytes]:
+        """Pieces of packed experts that occur in no other place."""
+        draw = random.Random(1)
+        cache = pathlib.Path(self.environment["MOEMESH_CACHE"])
+        layers = [path.read_bytes() for path in sorted(cache.glob(f"{self.model.name}-*/q4/layer-*.bin"))]
+        samples: list[bytes] = []
+        while layers and len(samples) < SAMPLES:
+            layer = draw.choice(layers)
+            at = draw.randrange(len(layer) - SAMPLE_BYTES)
+            piece = layer[at : at + SAMPLE_BYTES]
+            if len(set(piece)) > SAMPLE_BYTES // 2:
+                samples.append(piece)
+        return samples
 
 
 class Lie(NamedTuple):
@@ -171,6 +191,23 @@ class Process:
         """Memory of its own. Not counted: pages of mapped files, which the system takes back when it wants."""
         text = pathlib.Path(f"/proc/{self.popen.pid}/status").read_text()
         return sum(int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", text, re.MULTILINE))
+
+    def held(self, samples: list[bytes]) -> dict[int, int]:
+        """Which samples of weights lie in memory of its own, and at which address."""
+        found: dict[int, int] = {}
+        with open(f"/proc/{self.popen.pid}/mem", "rb", 0) as memory:
+            for line in pathlib.Path(f"/proc/{self.popen.pid}/maps").read_text().splitlines():
+                area = re.match(r"(\w+)-(\w+) rw\S+ \S+ \S+ 0\s*(?!\[v)", line)
+                if area is None:
+                    continue
+                begin, end = int(area[1], 16), int(area[2], 16)
+                try:
+                    memory.seek(begin)
+                    text = memory.read(end - begin)
+                except OSError:
+                    continue
+                found |= {number: begin + at for number, sample in enumerate(samples) if (at := text.find(sample)) >= 0}
+        return found
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
