@@ -115,6 +115,10 @@ class Lab:
         finally:
             stories += load.finish()
 
+    def copies(self, count: int) -> tuple[str, ...]:
+        """Arguments of a router that keeps each expert on so many nodes, as far as this build has a choice."""
+        return ("--replicas", str(count)) if self.program.can("router", "--replicas") else ()
+
     def few(self, count: int) -> int:
         """How often a short scenario repeats: more often in a long run."""
         return count * (5 if self.options.long else 1)
