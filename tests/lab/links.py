@@ -20,8 +20,7 @@ FRAMES_KIB = {"router": 256 * MEBIBYTE_KIB, "node": 128 * MEBIBYTE_KIB}
 
 @scenario("7", "one node unplugged for 1 and 5 s", "stall <= 500 ms, serving <= 3 s after healing")
 def partition(lab: Lab, result: Result) -> None:
-    replicated = lab.program.can("router", "--replicas")
-    cluster = lab.cluster(*(("--replicas", "2") if replicated else ()))
+    cluster = lab.cluster(*lab.copies(2))
     for seconds in (1.0, 5.0):
         name = lab.chance.choice(cluster.names)
         trial = run(lab, cluster, result, Fault(lambda: lab.lan.unplug(name), lab.lan.heal, seconds))

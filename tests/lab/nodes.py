@@ -14,7 +14,6 @@ from trial import FLOWS_WITHIN_S, STREAMS, Fault, Lab, ordinary_loss, run
 # Between a kill and the restart: longer than the longest budget of a call and its retry, so that what the router does
 # without the node is seen, too.
 WITHOUT_S = 0.5
-REPLICAS = ("--replicas", "2")
 NO_FALLBACK = ("--no-fallback",)
 # Target F1.
 STALL_MS_MAX = 400.0
@@ -24,10 +23,10 @@ STALL_MS_MAX = 400.0
     "1", "kill -9, a replica on another node, none on the router", "O1 of all kills, added stall p99 <= 400 ms (F1)"
 )
 def kill_with_replica(lab: Lab, result: Result) -> None:
-    flags = [flag for flag in (REPLICAS, NO_FALLBACK) if lab.program.can("router", flag[0])]
-    if len(flags) < 2:
-        result.lacks("router --replicas and --no-fallback (ran with the router's own copy)")
-    measured_kills(lab, lab.fresh(*(word for flag in flags for word in flag)), result, lab.options.kills)
+    flags = [*lab.copies(2), *(NO_FALLBACK if lab.program.can("router", *NO_FALLBACK) else ())]
+    if len(flags) < 3:
+        result.lacks("router --replicas and --no-fallback (ran with what there is)")
+    measured_kills(lab, lab.fresh(*flags), result, lab.options.kills)
 
 
 @scenario(
@@ -36,7 +35,7 @@ def kill_with_replica(lab: Lab, result: Result) -> None:
 def kill_with_replica_and_copy(lab: Lab, result: Result) -> None:
     if not lab.program.can("router", "--replicas"):
         return result.lacks("router --replicas")
-    return measured_kills(lab, lab.fresh(*REPLICAS), result, max(1, lab.options.kills // 5))
+    return measured_kills(lab, lab.fresh(*lab.copies(2)), result, max(1, lab.options.kills // 5))
 
 
 def measured_kills(lab: Lab, cluster: Cluster, result: Result, count: int) -> None:
@@ -100,7 +99,7 @@ def kills(lab: Lab, cluster: Cluster, result: Result, count: int):
 
 @scenario("2", "kill -9, sole holder, the router steps in", "O1, first stall <= 2 s (F2)")
 def kill_sole_holder(lab: Lab, result: Result) -> None:
-    cluster = lab.fresh()
+    cluster = lab.fresh(*lab.copies(1))
     stalls, restarts, usual, fallbacks = kills(lab, cluster, result, lab.few(5))
     result.target_met(fallbacks > 0 or not stalls, "the router never stepped in")
     result.target_met(max(stalls, default=0) <= 2000, f"stall {max(stalls, default=0):.0f} ms > 2 s")
@@ -115,7 +114,7 @@ def kill_sole_holder(lab: Lab, result: Result) -> None:
 def kill_sole_holder_without_copy(lab: Lab, result: Result) -> None:
     if not lab.program.can("router", "--no-fallback"):
         return result.lacks("router --no-fallback")
-    cluster = lab.cluster(*NO_FALLBACK)
+    cluster = lab.cluster(*lab.copies(1), *NO_FALLBACK)
     answers: list[tuple[float, int, bytes]] = []
     name = lab.chance.choice(cluster.names)
     killed = 0.0
@@ -221,7 +220,7 @@ def slow_node(lab: Lab, result: Result) -> None:
     replicated = lab.program.can("router", "--replicas")
     if not replicated:
         result.lacks("router --replicas (there is nobody else to ask)")
-    cluster = lab.cluster(*(REPLICAS if replicated else ()))
+    cluster = lab.cluster(*lab.copies(2))
     name = lab.chance.choice(cluster.names)
     pid = cluster.nodes[name].popen.pid
     lasts = 6.0
@@ -244,7 +243,7 @@ def slow_node(lab: Lab, result: Result) -> None:
 
 @scenario("9", "two of three nodes cut off", "O1, stall <= 2 s; whole <= 5 s after healing")
 def majority_cut(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster()
+    cluster = lab.cluster(*lab.copies(1))
     pair = cluster.names[:2]
 
     def strike() -> None:
@@ -269,7 +268,7 @@ def majority_cut(lab: Lab, result: Result) -> None:
 def majority_cut_without_copy(lab: Lab, result: Result) -> None:
     if not lab.program.can("router", "--no-fallback"):
         return result.lacks("router --no-fallback")
-    cluster = lab.cluster(*NO_FALLBACK)
+    cluster = lab.cluster(*lab.copies(1), *NO_FALLBACK)
     waiting: list[int] = []
     times: list[float] = []
 
@@ -299,8 +298,7 @@ def majority_cut_without_copy(lab: Lab, result: Result) -> None:
 
 @scenario("16", "SIGTERM and restart of every node in turn", "0 failed requests, 0 failed calls, each gone <= 10 s")
 def rolling_restart(lab: Lab, result: Result) -> None:
-    replicated = lab.program.can("router", "--replicas")
-    cluster = lab.cluster(*(REPLICAS if replicated else ()))
+    cluster = lab.cluster(*lab.copies(2))
     gone, served, before = [], [], cluster.counters()
     with lab.load(cluster) as stories:
         for name in cluster.names:
