@@ -9,13 +9,18 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 ARCH := $(shell uname -m)
 DIST := $(TARGET_DIR)/dist
 
-.PHONY: help setup demo test bench lint doc dist
+# Kills of the lab's first scenario, and rows of the fault matrix (all if empty).
+KILLS ?= 50
+ROWS ?=
+
+.PHONY: help setup demo test bench lint doc dist lab
 
 help:
 	@echo "make setup   fetch or find libtorch 2.11 (LIBTORCH=/path uses yours, TORCH=cuda keeps the CUDA libraries)"
 	@echo "make demo    one router and three expert nodes on this machine tell a story"
 	@echo "make test    all tests"
 	@echo "make lint    formatting, clippy, documentation, licences"
+	@echo "make lab     the fault matrix on a LAN of network namespaces, $(KILLS) kills (KILLS=1000: the record; ROWS=1,7: only these rows; needs Linux and root)"
 	@echo "make bench   kernels, link and decoding of this machine, as JSON"
 	@echo "make doc     API documentation in $(TARGET_DIR)/doc"
 	@echo "make dist    moemesh-$(ARCH).tar with libtorch beside the program, and one file without it"
@@ -57,6 +62,19 @@ lint: setup
 			$(CARGO) deny --log-level error --all-features check advisories; \
 		else echo "    advisories skipped: the advisory database cannot be reached"; fi; \
 	fi
+
+# Not part of `make test`: it needs root and takes up to 25 minutes. What it lacks it says before anything is built.
+# `make lab SUDO=sudo` builds as you and runs the lab as root; MOEMESH=/path tests that program and builds nothing. It takes
+# the program without libtorch, which is what most machines run and starts 0.2 s sooner: loading libtorch takes that long.
+lab:
+	@$(SUDO) tests/lab/lab --requirements
+ifndef MOEMESH
+	@echo "==> building moemesh without libtorch"
+	@$(CARGO) build --release -p moemesh --no-default-features
+endif
+	@mkdir -p $(TARGET_DIR)
+	@$(SUDO) env MOEMESH=$(or $(MOEMESH),$(TARGET_DIR)/release/moemesh) MOEMESH_LIAR=$(MOEMESH_LIAR) MOEMESH_CACHE=$(MOEMESH_CACHE) \
+		tests/lab/lab --kills $(KILLS) $(if $(ROWS),--only $(ROWS)) --json $(TARGET_DIR)/lab.json
 
 doc: setup
 	$(CARGO) doc --release --workspace --no-deps

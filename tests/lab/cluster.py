@@ -1,0 +1,408 @@
+"""Router and nodes as processes in machines of the LAN, what they say about themselves, and what they use.
+
+How a cluster begins lies in one class, `Start`; everything else asks the running processes. Their messages go to files in
+the lab's folder. They end with the lab, however it ends: their standard input is a pipe of ours, and they stop when
+it closes.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from client import PROMPTS, Client, Told
+from net import Lan
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+MESH_PORT = 8621
+KEY = "the-key-of-the-lab"
+# A start takes a second; on a machine that builds something else, more.
+STARTS_WITHIN_S = 60.0
+POLL_S = 0.01
+
+
+# What the router counts for each node: calls that failed and why, and replies that came too late to matter.
+OF_NODES = ("late", "gone", "refused", "rejected", "stale")
+
+
+# Of packed experts, to find them in a node's memory: a node of three holds some ten of them.
+SAMPLES = 32
+SAMPLE_BYTES = 64
+
+
+class Shape(NamedTuple):
+    """What a cluster is made of; two scenarios with the same shape share a running cluster."""
+
+    nodes: int = 3
+    router: tuple[str, ...] = ()
+    node: tuple[str, ...] = ()
+    # Length of the stories it is asked for: some 0.6 s at full speed.
+    tokens: int = 400
+
+
+class Program:
+    """The program under test, and what this build of it can do."""
+
+    def __init__(self, path: pathlib.Path, folder: pathlib.Path) -> None:
+        self.path = path.resolve()
+        self.model = ROOT / "models" / "tale-moe"
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MOEMESH_")}
+        cache = os.environ.get("MOEMESH_CACHE") or str(ROOT / "target" / "lab" / "cache")
+        self.environment |= {"MOEMESH_CACHE": cache, "MOEMESH_THREADS": "1", "HOME": str(folder)}
+        self.verbose: tuple[str, ...] = ()
+        self.stories: dict[tuple[int, int], Told] = {}
+        self.help = {name: self.ask(name, "--help") for name in ("router", "node", "token", "nodes")}
+        began = time.monotonic()
+        self.ask("--version")
+        self.begins_ms = (time.monotonic() - began) * 1e3
+        self.joins = "--join" in self.help["node"]
+
+    def ask(self, *arguments: str) -> str:
+        """What it prints, or nothing where it refuses."""
+        done = subprocess.run(
+            [self.path, *arguments], capture_output=True, text=True, env=self.environment, check=False
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    def can(self, command: str, flag: str) -> bool:
+        return re.search(rf"{flag}\b", self.help[command]) is not None
+
+    def told(self, prompt: int, tokens: int) -> Told:
+        """The story as a single process without a network tells it: what every stream must equal to the last bit."""
+        if (prompt, tokens) not in self.stories:
+            flags = ["--prompt", PROMPTS[prompt], "--max-tokens", str(tokens), "--ignore-eos", "--json"]
+            command = [self.path, "reference", "--model", self.model, *flags]
+            done = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=True)
+            last = json.loads(done.stdout.splitlines()[-1])
+            self.stories[prompt, tokens] = Told(tuple(last["token_ids"]), last["logits_digest"])
+        return self.stories[prompt, tokens]
+
+    def weight_samples(self) -> list[bytes]:
+        """Pieces of packed experts that occur in no other place."""
+        draw = random.Random(1)
+        cache = pathlib.Path(self.environment["MOEMESH_CACHE"])
+        layers = [path.read_bytes() for path in sorted(cache.glob(f"{self.model.name}-*/q4/layer-*.bin"))]
+        samples: list[bytes] = []
+        while layers and len(samples) < SAMPLES:
+            layer = draw.choice(layers)
+            at = draw.randrange(len(layer) - SAMPLE_BYTES)
+            piece = layer[at : at + SAMPLE_BYTES]
+            if len(set(piece)) > SAMPLE_BYTES // 2:
+                samples.append(piece)
+        return samples
+
+
+class Lie(NamedTuple):
+    """A program that takes a node's arguments and answers wrongly, and how: it reads that from MOEMESH_LIE."""
+
+    program: pathlib.Path
+    way: str
+
+
+class Process:
+    """One process on one machine."""
+
+    def __init__(
+        self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path, lie: Lie | None = None
+    ) -> None:
+        self.machine = machine
+        path, more = (lie.program, {"MOEMESH_LIE": lie.way}) if lie else (program.path, {})
+        self.log = log
+        self.began = time.monotonic()
+        with lan.at(machine), log.open("ab") as errors:
+            self.popen = subprocess.Popen(
+                [path, *arguments, *program.verbose, "--stop-with-parent"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=program.environment | more,
+            )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        for line in self.popen.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def announced(self, key: str) -> Any:
+        """Waits for a JSON line with this key."""
+        end = time.monotonic() + STARTS_WITHIN_S
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise RuntimeError(f"{self.machine} did not say '{key}' within {STARTS_WITHIN_S:.0f} s") from None
+            if line is None:
+                raise RuntimeError(
+                    f"{self.machine} ended with {self.popen.wait()} before it said '{key}': {self.tail()}"
+                )
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict) and key in value:
+                    return value[key]
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-1000:]
+
+    @property
+    def alive(self) -> bool:
+        return self.popen.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def kill(self) -> float:
+        """`kill -9`; the instant it was sent."""
+        now = time.monotonic()
+        self.popen.kill()
+        self.popen.wait()
+        self.close()
+        return now
+
+    def stop(self, seconds: float = 35.0) -> int | None:
+        """SIGTERM; the exit status, or `None` if it is still there after this time."""
+        self.signal(signal.SIGTERM)
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if not self.alive:
+                self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.popen.stdin.close()
+
+    def memory_kib(self) -> int:
+        """Memory of its own. Not counted: pages of mapped files, which the system takes back when it wants."""
+        text = pathlib.Path(f"/proc/{self.popen.pid}/status").read_text()
+        return sum(int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", text, re.MULTILINE))
+
+    def held(self, samples: list[bytes]) -> dict[int, int]:
+        """Which samples of weights lie in memory of its own, and at which address."""
+        found: dict[int, int] = {}
+        with open(f"/proc/{self.popen.pid}/mem", "rb", 0) as memory:
+            for line in pathlib.Path(f"/proc/{self.popen.pid}/maps").read_text().splitlines():
+                area = re.match(r"(\w+)-(\w+) rw\S+ \S+ \S+ 0\s*(?!\[v)", line)
+                if area is None:
+                    continue
+                begin, end = int(area[1], 16), int(area[2], 16)
+                try:
+                    memory.seek(begin)
+                    text = memory.read(end - begin)
+                except OSError:
+                    continue
+                found |= {number: begin + at for number, sample in enumerate(samples) if (at := text.find(sample)) >= 0}
+        return found
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
+
+
+class Roster:
+    """How a cluster begins with keys made in advance."""
+
+    def __init__(self, program: Program, folder: pathlib.Path, nodes: int) -> None:
+        self.folder = folder
+        made = [program.path, "roster", "--out", folder, "--nodes", str(nodes)]
+        subprocess.run(made, check=True, capture_output=True, env=program.environment)
+
+    def router(self) -> list[str]:
+        return ["--roster", str(self.folder / "roster.toml"), "--key", str(self.folder / "router.key")]
+
+    def node(self, index: int, cluster: "Cluster") -> list[str]:
+        key = str(self.folder / f"{node_name(index)}.key")
+        return ["--roster", str(self.folder / "roster.toml"), "--key", key, "--router", cluster.mesh_address()]
+
+
+class Tokens:
+    """How a cluster begins with tokens: each node joins with one, once, and then knows the cluster."""
+
+    def __init__(self, program: Program, folder: pathlib.Path, nodes: int) -> None:
+        self.folder, self.program = folder, program
+
+    def router(self) -> list[str]:
+        return ["--state", str(self.folder / "router")]
+
+    def node(self, index: int, cluster: "Cluster") -> list[str]:
+        state = self.folder / node_name(index)
+        name = ["--name", node_name(index)] if self.program.can("node", "--name") else []
+        known = ["--state", str(state)]
+        return known if state.exists() else [*known, *name, "--join", cluster.token()]
+
+
+class Footprint(NamedTuple):
+    """What a process uses."""
+
+    memory_kib: int
+    descriptors: int
+
+
+class Cluster:
+    """A running cluster."""
+
+    def __init__(self, program: Program, lan: Lan, folder: pathlib.Path, shape: Shape) -> None:
+        self.program, self.lan, self.folder, self.shape = program, lan, folder, shape
+        self.client = Client(lan, KEY)
+        self.names = [node_name(index) for index in range(shape.nodes)]
+        self.nodes: dict[str, Process] = {}
+        # Connections each node had had when its process was started: it serves once it has had one more.
+        self.earlier: dict[str, int] = {}
+        folder.mkdir(parents=True)
+        self.begin = (Tokens if program.joins else Roster)(program, folder, shape.nodes)
+        self.router = self.start_router()
+
+    def start(self) -> None:
+        """Starts every node and waits until all serve."""
+        for name in self.names:
+            self.start_node(name)
+        self.router.announced("ready")
+        self.until("all nodes serve", lambda: len(self.serving()) == len(self.names), STARTS_WITHIN_S)
+
+    def start_router(self) -> Process:
+        listen = ["--listen", f"0.0.0.0:{MESH_PORT}", "--http", "0.0.0.0:8620", "--api-key", KEY, "--announce"]
+        arguments = ["router", *self.begin.router(), "--model", str(self.program.model), *listen, *self.shape.router]
+        router = Process(self.program, self.lan, "router", arguments, self.folder / "router.log")
+        router.announced("http")
+        self.earlier.clear()
+        return router
+
+    def start_node(self, name: str, lie: Lie | None = None) -> Process:
+        index = self.names.index(name)
+        arguments = ["node", *self.begin.node(index, self), "--model", str(self.program.model), *self.shape.node]
+        # The API answers once the router is ready, so not while nodes start for the first time.
+        self.earlier[name] = self.node(name)["connections"] if name in self.nodes else 0
+        self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
+        return self.nodes[name]
+
+    def mesh_address(self) -> str:
+        return f"{self.lan.address['router']}:{MESH_PORT}"
+
+    def token(self, *flags: str) -> str:
+        """A join token, made on the router's machine."""
+        with self.lan.at("router"):
+            return self.command("token", *self.begin.router(), *flags).strip().splitlines()[-1]
+
+    def command(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [self.program.path, *arguments], capture_output=True, text=True, env=self.program.environment, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"moemesh {' '.join(arguments)}: {done.stderr.strip()[-400:]}")
+        return done.stdout
+
+    # What it says.
+
+    def state(self, seconds: float = 5.0) -> dict[str, Any]:
+        """`/api/v1/nodes`."""
+        return self.client.json("/api/v1/nodes", seconds)
+
+    def node(self, name: str) -> dict[str, Any]:
+        return next(node for node in self.state()["nodes"] if node["name"] == name)
+
+    def serves(self, name: str) -> bool:
+        """Whether this very process serves; what the router believes of one before it does not count."""
+        return name in self.serving()
+
+    def serving(self) -> list[str]:
+        nodes = self.state()["nodes"]
+        return [
+            node["name"]
+            for node in nodes
+            if node["state"] == "serving" and node["connections"] > self.earlier.get(node["name"], 0)
+        ]
+
+    def counters(self) -> collections.Counter[str]:
+        """What can tell that calls failed, as running numbers; and how many there were."""
+        state = self.state()
+        count = collections.Counter({name: value for name, value in state["router"].items() if isinstance(value, int)})
+        for name in OF_NODES:
+            count[name] = sum(node.get(name, 0) for node in state["nodes"])
+        for node in state["nodes"]:
+            count[f"{node['name']}.calls"] = node["calls"]
+        return count
+
+    def metric(self, name: str) -> float:
+        """A series without labels."""
+        _, text = self.client.ask("GET", "/metrics")
+        found = re.search(rf"^moemesh_{name} (\S+)$", text.decode(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def until(self, what: str, wanted: Callable[[], bool], seconds: float) -> float:
+        """Waits until something is so; how long that took. Raises where it takes longer."""
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            with contextlib.suppress(OSError, StopIteration):
+                if wanted():
+                    return time.monotonic() - began
+            time.sleep(POLL_S)
+        raise Never(f"not within {seconds:g} s: {what}\n{self.describe()}")
+
+    def describe(self) -> str:
+        try:
+            state = self.state()
+            nodes = ", ".join(f"{node['name']} {node['state']}" for node in state["nodes"])
+            return f"{nodes}; running {state['router'].get('running')}, waiting {state['router'].get('waiting')}"
+        except OSError as error:
+            return f"the router does not answer: {error}; {self.router.tail()}"
+
+    # What it uses.
+
+    def footprints(self) -> dict[int, tuple[str, Footprint]]:
+        """By process id, so that a restarted one is another. The KV cache keeps, on purpose, what it once took of
+        the memory it was given (--kv-memory), so it is not counted."""
+        found = {}
+        for process in [self.router, *self.nodes.values()]:
+            if process.alive:
+                memory = process.memory_kib()
+                if process is self.router:
+                    memory -= self.state()["router"]["kv_peak_bytes"] >> 10
+                found[process.popen.pid] = (process.machine, Footprint(memory, process.descriptors()))
+        return found
+
+    def footprint(self, process: Process) -> Footprint:
+        """That of one."""
+        return self.footprints()[process.popen.pid][1]
+
+    def stop(self) -> None:
+        """Kills everything."""
+        for process in [*self.nodes.values(), self.router]:
+            if process.alive:
+                process.kill()
+
+
+class Never(Exception):
+    """Something that had to happen did not."""
+
+
+def node_name(index: int) -> str:
+    return f"node-{index + 1}"
+
+
+def panics(folder: pathlib.Path) -> list[str]:
+    """Lines of logs that no process may ever write."""
+    found = []
+    for log in sorted(folder.glob("**/*.log")):
+        for line in log.read_text(errors="replace").splitlines():
+            if "panicked at" in line or "RUST_BACKTRACE" in line:
+                found.append(f"{log.name}: {line.strip()[:200]}")
+    return found
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr, flush=True)
