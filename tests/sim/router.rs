@@ -1,0 +1,179 @@
+//! The router's side of connections and control messages, as `hub` has them, around the real `Cluster`; and what must be
+//! true of every routing table.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::cluster::{Action, Cluster, Event, NodeState, Policy};
+use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::routes::{NodeIndex, ROUTER, Routes};
+use mesh_wire::control::{Hello, Placed};
+use mesh_wire::id::NodeId;
+
+use super::dice::Dice;
+use super::machine::slice_bytes;
+use super::world::{Control, Way, World};
+
+#[derive(Debug)]
+struct Connection {
+    id: u64,
+    heard_at: Duration,
+    memory_bytes: u64,
+    /// Epochs it was told to load and said it has.
+    ordered: BTreeSet<u64>,
+    acknowledged: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Router {
+    pub(crate) cluster: Cluster,
+    connections: Vec<Option<Connection>>,
+    reported: Arc<Routes>,
+    /// Times each node sent what no correct node sends.
+    pub(crate) malformed: Vec<u32>,
+    /// The operator waits with a new plan for the last machine.
+    pub(crate) plan_when_all_are_here: bool,
+}
+
+impl Router {
+    pub(crate) fn new(facts: &ModelFacts, nodes: usize, dice: &mut Dice) -> Router {
+        let member = |key: usize| Member { id: NodeId([key as u8; 32]), name: format!("n{key}") };
+        let policy = Policy {
+            plan_at_nodes: 1 + dice.roll(nodes as u64 + 1) as usize,
+            plan_after: dice.millis(0, 4000),
+            require_exact: true,
+        };
+        let cluster = Cluster::with_policy((0..nodes).map(member).collect(), facts.clone(), policy);
+        Router {
+            reported: cluster.routes(),
+            cluster,
+            connections: (0..nodes).map(|_| None).collect(),
+            malformed: vec![0; nodes],
+            plan_when_all_are_here: false,
+        }
+    }
+
+    /// The connection to a node, as this side sees it.
+    pub(crate) fn connection(&self, node: NodeIndex) -> Option<u64> {
+        self.connections[usize::from(node)].as_ref().map(|connection| connection.id)
+    }
+
+    pub(crate) fn connect(&mut self, node: NodeIndex, id: u64, now: Duration, hello: &Hello) {
+        let (ordered, acknowledged) = (BTreeSet::new(), BTreeSet::new());
+        let memory_bytes = hello.memory_bytes;
+        let connection = Connection { id, heard_at: now, memory_bytes, ordered, acknowledged };
+        self.connections[usize::from(node)] = Some(connection);
+    }
+
+    pub(crate) fn close(&mut self, node: NodeIndex) {
+        self.connections[usize::from(node)] = None;
+    }
+
+    pub(crate) fn heard(&mut self, node: NodeIndex, now: Duration) {
+        if let Some(connection) = &mut self.connections[usize::from(node)] {
+            connection.heard_at = now;
+        }
+    }
+
+    pub(crate) fn silent_since(&self, node: NodeIndex) -> Option<Duration> {
+        self.connections[usize::from(node)].as_ref().map(|connection| connection.heard_at)
+    }
+
+    /// Notes what a node said, before the cluster hears it.
+    pub(crate) fn placed(&mut self, node: NodeIndex, placed: &Placed) {
+        let Some(connection) = &mut self.connections[usize::from(node)] else { return };
+        if placed.refusal.is_empty() && connection.ordered.contains(&placed.epoch) {
+            connection.acknowledged.insert(placed.epoch);
+        }
+    }
+
+    /// Whoever is routed to is here, is trusted, and said on this connection that it holds the epoch.
+    fn check_routes(&self, routes: &Routes) {
+        assert!(routes.epoch >= self.reported.epoch, "the epoch went back");
+        let states: Vec<NodeState> = self.cluster.statuses().iter().map(|status| status.state).collect();
+        for (key, part) in routes.table.all() {
+            for node in part.holders.as_slice().iter().copied().filter(|node| *node != ROUTER) {
+                let index = usize::from(node);
+                let Some(connection) = &self.connections[index] else {
+                    panic!("{key:?} is routed to {node}, which is away")
+                };
+                assert!(connection.acknowledged.contains(&routes.epoch), "{node} never said it holds {}", routes.epoch);
+                assert_eq!(states[index], NodeState::Serving, "{key:?} is routed to {node}");
+                assert!(self.malformed[index] < mesh_proto::cluster::MALFORMED_MAX, "{node} is quarantined");
+            }
+        }
+    }
+}
+
+impl World {
+    /// Tells the cluster, and does what it says.
+    pub(crate) fn handle(&mut self, event: Event) {
+        if let Event::Pardon(node) = event {
+            self.router.malformed[usize::from(node)] = 0;
+        }
+        let now = self.now;
+        let told = (!matches!(event, Event::Tick | Event::Health(..))).then(|| format!("{event:?}"));
+        let actions = self.router.cluster.handle(now, event);
+        if let Some(told) = told {
+            self.trace.note(now, format_args!("  {told} -> {actions:?}"));
+        }
+        assert!(actions.len() <= 2 * self.machines.len() + 2, "{actions:?}");
+        let mut changed = false;
+        for action in actions {
+            match action {
+                Action::Place(node, placement) => {
+                    let connection = self.router.connections[usize::from(node)].as_mut();
+                    let connection = connection.expect("orders go to nodes that are here");
+                    let bytes: u64 = placement.experts.iter().map(|slice| slice_bytes(slice, &self.facts)).sum();
+                    assert!(bytes <= connection.memory_bytes, "{node} is to hold {bytes} bytes");
+                    connection.ordered.insert(placement.epoch);
+                    let id = connection.id;
+                    self.say(node, Way::Out, id, Control::Place(placement));
+                }
+                Action::Disconnect(node, _) => {
+                    self.router.close(node);
+                    self.fail_calls(node);
+                }
+                Action::RoutesChanged => changed = true,
+                Action::Report(..) => {}
+            }
+        }
+        let routes = self.router.cluster.routes();
+        assert_eq!(changed, routes != self.router.reported, "changes of the routes are told, and nothing else is");
+        if changed {
+            self.router.check_routes(&routes);
+            self.router.reported = routes;
+        }
+        let here = |node: &Option<Connection>| node.is_some();
+        if self.router.plan_when_all_are_here && self.router.connections.iter().all(here) {
+            self.router.plan_when_all_are_here = false;
+            self.handle(Event::Plan);
+        }
+    }
+
+    /// Something arrived that no correct node sends.
+    pub(crate) fn malformed(&mut self, node: NodeIndex) {
+        self.summary.malformed += 1;
+        let count = &mut self.router.malformed[usize::from(node)];
+        *count += 1;
+        self.summary.quarantined += u64::from(*count == mesh_proto::cluster::MALFORMED_MAX);
+        self.handle(Event::Malformed(node));
+    }
+
+    /// Whether everything is as good as it gets: all nodes are here and serve what they hold, and as many experts have
+    /// a holder as fit.
+    pub(crate) fn is_placed(&self) -> bool {
+        let cluster = &self.router.cluster;
+        if self.router.plan_when_all_are_here || !cluster.settled() || cluster.next_epoch().is_some() {
+            return false;
+        }
+        let room: u64 = self.machines.iter().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
+        let routes = cluster.routes();
+        let all = routes.table.all().count() as u64;
+        let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
+        let states = cluster.statuses();
+        let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
+        held >= all.min(room) && !states.iter().any(|status| out(status.state))
+    }
+}
