@@ -4,8 +4,8 @@
 //! that is true at every moment (`Routes`), and every change of it must leave a state in which each call can be
 //! answered. The idea is two plans at most: the one in use and the next. Nodes serve both; the next one comes into
 //! use when every node of it that is still here has answered, so no expert is unserved because of a change. All
-//! else is a filter over the plan in use: an expert is routed to its owner while that node is connected, has
-//! acknowledged this epoch, and is not suspect; else the router computes it.
+//! else is a filter over the plan in use: an expert is routed to its holders while they are connected, have
+//! acknowledged this epoch, and are neither suspect nor on their way out; without any the router computes it.
 //!
 //! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
 //! a node that joins during a change waits for the next one. This module refuses to move experts because a node was
@@ -17,7 +17,7 @@ use std::time::Duration;
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
 use crate::facts::{LinkSpeed, Member, ModelFacts};
-use crate::health::{Speed, Trust};
+use crate::health::{Budget, Flaps, Speed, Trust};
 use crate::placement::{Capacity, Plan, plan};
 use crate::routes::{NodeIndex, Routes, Table};
 
@@ -116,7 +116,7 @@ pub enum NodeState {
     Loading,
     /// Its experts are routed to it.
     Serving,
-    /// Too many calls went unanswered; its experts run on the router until it is tried again.
+    /// Too many calls went unanswered, or its connection was lost too often: it gets no calls until it is tried again.
     Suspect,
     /// It refused its placement; its experts run on the router.
     Refused,
@@ -192,6 +192,9 @@ struct Node {
     note: String,
     /// Times it sent what no correct node sends; kept over reconnects.
     malformed: u32,
+    flaps: Flaps,
+    /// It lost its connection too often, and gets no calls for now.
+    barred: bool,
     revoked: bool,
 }
 
@@ -264,7 +267,7 @@ impl Cluster {
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
     ///
     /// Events about nodes outside the roster, and about connections that are gone, are ignored: events of the
-    /// network may cross. At most two actions per member and one more come back.
+    /// network may cross. At most two actions per member and two more come back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.started.get_or_insert(now);
         let mut actions = Vec::new();
@@ -285,7 +288,7 @@ impl Cluster {
                 if !self.link(node).is_some_and(|link| link.trust.missed(now)) {
                     return actions;
                 }
-                let note = "calls went unanswered; its experts run on the router until it is tried again";
+                let note = "calls went unanswered; it gets no more until it is tried again";
                 self.report(node, note.into(), &mut actions);
             }
             Event::Malformed(node) => self.malformed(node, &mut actions),
@@ -297,6 +300,7 @@ impl Cluster {
             Event::Linked(node, measured) => {
                 if let Some(link) = self.link(node) {
                     link.measured = measured;
+                    link.speed.round_trip = Duration::from_micros(u64::from(measured.round_trip_us));
                 }
                 return actions;
             }
@@ -315,12 +319,12 @@ impl Cluster {
                     entry.note.clear();
                 }
             }
-            Event::Joined(node, hello) => self.joined(node, hello, &mut actions),
-            Event::Lost(node) => {
-                if let Some(node) = self.nodes.get_mut(usize::from(node)) {
-                    node.link = None;
-                }
+            Event::Joined(node, hello) => {
+                // A connection that is replaced was lost, though nobody noticed.
+                self.lost(now, node, &mut actions);
+                self.joined(node, hello, &mut actions);
             }
+            Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
             Event::Plan => {
                 self.plan_wanted = true;
@@ -348,10 +352,9 @@ impl Cluster {
         Arc::clone(&self.routes)
     }
 
-    /// How long a call may take at this node before its experts are computed on the router instead (DESIGN
-    /// section 8). `assignments` counts what the node has to compute before it can answer: the call's own and
-    /// those of calls still out to it.
-    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
+    /// How long a call may take at this node before others are asked (DESIGN section 8). `assignments` counts what
+    /// the node has to compute before it can answer: the call's own and those of calls still out to it.
+    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Budget {
         let link = self.nodes.get(usize::from(node)).and_then(|node| node.link.as_ref());
         match link {
             Some(link) => link.trust.budget(assignments, &link.speed),
@@ -399,7 +402,7 @@ impl Cluster {
             _ if entry.is_quarantined() => NodeState::Quarantined,
             None => NodeState::Absent,
             Some(link) if link.leaving => NodeState::Leaving,
-            Some(link) if link.trust.is_suspect() => NodeState::Suspect,
+            Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
                 _ if link.declined => NodeState::Refused,
@@ -473,7 +476,7 @@ impl Cluster {
             actions.push(Action::Disconnect(node, "the operator revoked this node's key".into()));
             return;
         }
-        if !entry.is_quarantined() {
+        if !entry.is_quarantined() && !entry.barred {
             entry.note.clear();
         }
         if let Some(reason) = self.objection(&hello) {
@@ -487,6 +490,7 @@ impl Cluster {
                 weight_mb_s: hello.weight_mb_s,
                 expert_bytes: self.facts.expert_bytes,
                 per_layer: 0,
+                round_trip: Duration::ZERO,
             },
             hello,
             current: Order::NotSent,
@@ -516,6 +520,18 @@ impl Cluster {
             (Some(_), _) => self.plan_wanted = true,
         }
         self.nodes[usize::from(node)].link = Some(link);
+    }
+
+    /// Its connection is gone. If that happens again and again, the routes shall not flap with it.
+    fn lost(&mut self, now: Duration, node: NodeIndex, actions: &mut Vec<Action>) {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        let Some(link) = entry.link.take().filter(|link| !link.leaving) else { return };
+        drop(link);
+        let Some(pause) = entry.flaps.lost(now) else { return };
+        entry.barred = true;
+        let note =
+            format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
+        self.report(node, note, actions);
     }
 
     fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {
@@ -557,7 +573,9 @@ impl Cluster {
 
     fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
         for (index, node) in (0..).zip(&mut self.nodes) {
-            if node.link.as_mut().is_some_and(|link| link.trust.tick(now)) {
+            let pardoned = node.barred && !node.flaps.is_barred(now);
+            node.barred &= !pardoned;
+            if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
                 actions.push(Action::Report(index, "is tried again".into()));
             }
         }
@@ -626,7 +644,7 @@ impl Cluster {
             .map(|node| {
                 let serves =
                     |link: &Link| link.current == Order::Held && !link.leaving && !link.trust.is_suspect();
-                !node.is_quarantined() && node.link.as_ref().is_some_and(serves)
+                !node.is_quarantined() && !node.barred && node.link.as_ref().is_some_and(serves)
             })
             .collect();
         let table =

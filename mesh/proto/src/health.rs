@@ -1,18 +1,22 @@
 //! Decides which nodes are trusted with calls, from answers and misses.
 //!
-//! A call that is late is computed on the router instead, so a wrong alarm costs time and never text, while a
-//! missed alarm costs the user a stall. Two questions, answered per node:
+//! A call that is late is sent to another holder, or computed on the router, so a wrong alarm costs time and never
+//! text, while a missed alarm costs the user a stall. Three questions, answered per node:
 //!
-//! * How long may a call take? A multiple of what calls of its size took lately (a moving average per power of
+//! * How long may a call take? Two multiples of what calls of its size took lately (a moving average per power of
 //!   two of assignments: one row streams weights, a thousand compute on cached ones, and no straight line goes
-//!   through both). Before there is history: what the node's measured bandwidth predicts.
-//! * Who gets calls at all? After a few misses in a row a node is suspect and its experts run on the router; after
-//!   a pause, longer each time, it is tried again with one call.
+//!   through both): after the smaller one another holder is asked as well, after the larger one nobody waits any
+//!   more. Before there is history: what the node's measured bandwidth and link predict.
+//! * Who gets calls at all? After a few misses in a row a node is suspect and gets none; after a pause, longer each
+//!   time, it is tried again with one call. The same for one whose connection is lost again and again (`Flaps`).
+//! * Who gets calls only where nobody else can? One of whose calls is late (`Doubts`).
 //!
 //! The price: a node that is alive but was slow for a moment may be left out for a second. This module refuses to
 //! look at a clock or at connections; those are events of `cluster`.
 
 use std::time::Duration;
+
+use crate::routes::NodeIndex;
 
 /// No call is given up before this. On a small machine with more runnable threads than cores a thread waits for
 /// tens of milliseconds as a matter of course (50 ms is ordinary); twice that keeps wrong alarms rare, and a
@@ -34,6 +38,28 @@ pub const BUDGET_FACTOR: f64 = 4.0;
 /// Budget over expected round trip where that alone would exceed the ceiling: a board that needs two seconds
 /// for a large prefill call must be able to answer it.
 pub const SLOW_FACTOR: f64 = 1.5;
+
+/// Another holder is asked no sooner than this. Too early is harmless to the text and bounded in number
+/// (`attempts::HedgeBudget`), so this may be below what a busy machine makes a thread wait now and then.
+pub const HEDGE_FLOOR: Duration = Duration::from_millis(20);
+
+/// The same for a size of call nobody has answered yet, for the reasons of `BUDGET_BEFORE_HISTORY`.
+pub const HEDGE_BEFORE_HISTORY: Duration = Duration::from_millis(100);
+
+/// Time until another holder is asked over expected round trip: beyond twice the mean are fewer than one in
+/// twenty calls of a node whose times scatter as those of a thread on a shared core do.
+pub const HEDGE_FACTOR: f64 = 2.0;
+
+/// How long a node is doubtful after its last late call, if it answers nothing. As long as the first pause: what is
+/// slow for a moment is well again by then, and what is dead costs one hedge more.
+pub const DOUBT_MAX: Duration = PAUSE_FIRST;
+
+/// Lost connections within `FLAP_WITHIN` that make a node one that flaps. A node that is restarted, by hand or by its
+/// supervisor, and once more because of a typing error, is not meant.
+pub const FLAPS_MAX: u32 = 3;
+
+/// How long a lost connection counts, and how long a node has to stay connected to be forgiven.
+pub const FLAP_WITHIN: Duration = Duration::from_secs(60);
 
 /// No budget exceeds this, whatever a node's figures predict; frames carry no more (`mesh_wire`).
 pub const BUDGET_MAX: Duration = Duration::from_secs(60);
@@ -75,6 +101,8 @@ pub struct Speed {
     pub expert_bytes: u64,
     /// Most experts of one layer that it holds.
     pub per_layer: u32,
+    /// Round trip of a small message; zero where not measured.
+    pub round_trip: Duration,
 }
 
 impl Speed {
@@ -90,6 +118,15 @@ impl Speed {
         let bytes = f64::from(experts) * self.expert_bytes as f64 * times;
         Some(seconds(bytes / (f64::from(self.weight_mb_s[slot]) * 1e6)))
     }
+}
+
+/// How long a call may take, from when it is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Then it is late: somebody else is asked as well, if there is somebody.
+    pub hedge: Duration,
+    /// Then nobody waits for it any more.
+    pub total: Duration,
 }
 
 /// Whether calls are sent.
@@ -175,13 +212,24 @@ impl Trust {
     }
 
     /// How long a call may take, when `assignments` is all that the node has to compute before it can answer.
-    pub fn budget(&self, assignments: u32, speed: &Speed) -> Duration {
-        let expected = self.expected(assignments);
-        let floor = if expected.is_some() { BUDGET_FLOOR } else { BUDGET_BEFORE_HISTORY };
-        let expected = expected.or_else(|| speed.service(assignments)).unwrap_or_default();
-        let usual = times(expected, BUDGET_FACTOR).clamp(floor, BUDGET_CEILING);
+    pub fn budget(&self, assignments: u32, speed: &Speed) -> Budget {
+        let seen = self.expected(assignments);
+        let (hedge_floor, floor) = match seen {
+            Some(_) => (HEDGE_FLOOR, BUDGET_FLOOR),
+            None => (HEDGE_BEFORE_HISTORY, BUDGET_BEFORE_HISTORY),
+        };
+        let predicted = || speed.service(assignments).unwrap_or_default();
+        let (expected, link) = match seen {
+            // The link is part of what was seen.
+            Some(expected) => (expected, Duration::ZERO),
+            None => (predicted(), speed.round_trip),
+        };
+        let usual = times(expected, BUDGET_FACTOR).saturating_add(link).clamp(floor, BUDGET_CEILING);
         let patience = (1 << self.strikes.min(16)).min(PATIENCE_MAX);
-        usual.max(times(expected, SLOW_FACTOR)).saturating_mul(patience).min(BUDGET_MAX)
+        let slow = times(expected, SLOW_FACTOR).saturating_add(link);
+        let total = usual.max(slow).saturating_mul(patience).min(BUDGET_MAX);
+        let hedge = times(expected, HEDGE_FACTOR).saturating_add(link).max(hedge_floor).min(total);
+        Budget { hedge, total }
     }
 
     /// Mean round trip of this size; of a size not seen yet, from the nearest smaller one as if no weights were
@@ -196,6 +244,78 @@ impl Trust {
             .find_map(|slot| self.round_trip[slot].map(|mean| mean * f64::from(1_u32 << (own - slot))));
         let larger = || self.round_trip[own..].iter().find_map(|mean| *mean);
         smaller.map(|guess| seconds(guess).min(GUESS_MAX)).or_else(|| larger().map(seconds))
+    }
+}
+
+/// Nodes with a call that is later than it should be: as long as that lasts, others are preferred, so that a node
+/// that died costs one delay and not one per layer.
+#[derive(Clone, Debug, Default)]
+pub struct Doubts {
+    /// By node; in the past for most.
+    until: Vec<Duration>,
+    latest: Duration,
+}
+
+impl Doubts {
+    /// A call is overdue.
+    pub fn overdue(&mut self, node: NodeIndex, now: Duration) {
+        let index = usize::from(node);
+        if self.until.len() <= index {
+            self.until.resize(index + 1, Duration::ZERO);
+        }
+        self.until[index] = now.saturating_add(DOUBT_MAX);
+        self.latest = self.latest.max(self.until[index]);
+    }
+
+    /// It answered, to whichever call.
+    pub fn answered(&mut self, node: NodeIndex) {
+        if let Some(until) = self.until.get_mut(usize::from(node)) {
+            *until = Duration::ZERO;
+        }
+    }
+
+    /// Whether others are to be preferred to it.
+    pub fn of(&self, node: NodeIndex, now: Duration) -> bool {
+        self.until.get(usize::from(node)).is_some_and(|until| *until > now)
+    }
+
+    /// Whether there may be any.
+    pub fn any(&self, now: Duration) -> bool {
+        self.latest > now
+    }
+}
+
+/// Lost connections of one node, kept while it is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flaps {
+    /// The last ones, oldest first.
+    lost: [Option<Duration>; FLAPS_MAX as usize],
+    pauses: u32,
+    barred_until: Duration,
+}
+
+impl Flaps {
+    /// Its connection was lost, and not because it said it would leave. How long it gets no calls, if it does this
+    /// too often: every further loss doubles that.
+    pub fn lost(&mut self, now: Duration) -> Option<Duration> {
+        if self.lost.last().copied().flatten().is_some_and(|last| now.saturating_sub(last) > FLAP_WITHIN) {
+            *self = Flaps::default();
+        }
+        self.lost.rotate_left(1);
+        *self.lost.last_mut()? = Some(now);
+        let oldest = (*self.lost.first()?)?;
+        if self.pauses == 0 && now.saturating_sub(oldest) > FLAP_WITHIN {
+            return None;
+        }
+        let pause = PAUSE_FIRST.saturating_mul(1 << self.pauses.min(16)).min(PAUSE_MAX);
+        self.pauses = self.pauses.saturating_add(1);
+        self.barred_until = now.saturating_add(pause);
+        Some(pause)
+    }
+
+    /// Whether it gets no calls yet.
+    pub fn is_barred(&self, now: Duration) -> bool {
+        self.barred_until > now
     }
 }
 

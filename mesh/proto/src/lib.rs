@@ -10,6 +10,8 @@ pub mod cluster;
 
 pub mod placement;
 
+pub mod attempts;
+
 pub mod health;
 
 pub mod routes;

@@ -228,7 +228,7 @@ fn a_node_that_returns_with_less_memory_is_planned_for_anew() {
 #[test]
 fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     let mut cluster = serving();
-    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_BEFORE_HISTORY);
     assert_eq!(cluster.handle(SECOND, Event::Missed(0)), []);
     let actions = cluster.handle(SECOND, Event::Missed(0));
     assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
@@ -239,7 +239,7 @@ fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     assert_eq!(routed(&cluster, 0), 8);
     let (service, round_trip) = (SECOND / 1000, SECOND / 500);
     cluster.handle(2 * SECOND, Event::Answered { node: 0, assignments: 8, service, round_trip });
-    assert_eq!(cluster.budget(0, 8), crate::health::BUDGET_FLOOR);
+    assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_FLOOR);
     assert_eq!(cluster.status(0).unwrap().call_means, Some((service, round_trip)));
     assert_eq!(cluster.handle(2 * SECOND, Event::Missed(0)), []);
 }
@@ -261,7 +261,7 @@ fn events_about_strangers_are_ignored() {
     }
     assert_eq!(cluster.routes(), before);
     assert!(cluster.status(3).is_none());
-    assert_eq!(cluster.budget(3, 1), crate::health::BUDGET_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(3, 1).total, crate::health::BUDGET_BEFORE_HISTORY);
     assert_eq!(cluster.statuses().len(), 3);
 }
 
@@ -336,4 +336,55 @@ fn a_machine_that_is_admitted_later_takes_part() {
         cluster.handle(SECOND, Event::Placed(node, ack(2)));
     }
     assert_eq!(routed(&cluster, 3), 6);
+}
+
+/// A loss and a return of `node`, its part loaded.
+fn flap(cluster: &mut Cluster, node: NodeIndex, now: Duration) -> Vec<Action> {
+    let actions = cluster.handle(now, Event::Lost(node));
+    cluster.handle(now, Event::Joined(node, hello(100)));
+    cluster.handle(now, Event::Placed(node, ack(1)));
+    actions
+}
+
+#[test]
+fn a_node_that_flaps_gets_no_calls_for_a_while_and_the_routes_stay() {
+    let mut cluster = serving();
+    flap(&mut cluster, 1, SECOND);
+    flap(&mut cluster, 1, 2 * SECOND);
+    assert_eq!(state(&cluster, 1), NodeState::Serving, "two may happen");
+    let actions = flap(&mut cluster, 1, 3 * SECOND);
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action, Action::Report(1, why) if why.contains("again and again")))
+    );
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Suspect, 0));
+    let routes = cluster.routes();
+    flap(&mut cluster, 1, 3 * SECOND + SECOND / 2);
+    assert!(Arc::ptr_eq(&routes, &cluster.routes()), "the routes flap with it");
+    cluster.handle(5 * SECOND, Event::Tick);
+    assert_eq!(routed(&cluster, 1), 0, "two seconds this time");
+    let actions = cluster.handle(6 * SECOND, Event::Tick);
+    assert!(actions.contains(&Action::Report(1, "is tried again".into())));
+    assert_eq!(state(&cluster, 1), NodeState::Serving);
+    assert!(routed(&cluster, 1) > 0);
+}
+
+#[test]
+fn a_node_that_says_it_leaves_does_not_flap() {
+    let mut cluster = serving();
+    for second in 1..6 {
+        cluster.handle(second * SECOND, Event::Leaving(1));
+        flap(&mut cluster, 1, second * SECOND);
+    }
+    assert_eq!(state(&cluster, 1), NodeState::Serving);
+}
+
+#[test]
+fn a_measured_link_counts_before_there_is_history() {
+    let mut cluster = serving();
+    let before = cluster.budget(0, 1);
+    cluster.handle(SECOND, Event::Linked(0, LinkSpeed { round_trip_us: 150_000, mb_s: 0 }));
+    assert_eq!(before.hedge, crate::health::HEDGE_BEFORE_HISTORY);
+    assert_eq!(cluster.budget(0, 1).hedge, Duration::from_millis(150));
 }

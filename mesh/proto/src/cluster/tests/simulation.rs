@@ -63,7 +63,7 @@ impl World {
     fn step(&mut self, event: Event) {
         let seed = self.seed;
         let actions = self.cluster.handle(self.now, event.clone());
-        assert!(actions.len() <= 2 * self.peers.len() + 1, "seed {seed}: {event:?} gave {actions:?}");
+        assert!(actions.len() <= 2 * self.peers.len() + 2, "seed {seed}: {event:?} gave {actions:?}");
         let mut changed = false;
         for action in actions {
             match action {
@@ -161,7 +161,7 @@ impl World {
                 let round_trip = SECOND / 1000 * self.dice.roll(3000) as u32;
                 let service = round_trip / 2;
                 self.step(Event::Answered { node, assignments, service, round_trip });
-                assert!(self.cluster.budget(node, assignments) >= crate::health::BUDGET_FLOOR);
+                assert!(self.cluster.budget(node, assignments).total >= crate::health::BUDGET_FLOOR);
             }
             16 if self.dice.roll(5) == 0 => self.step(Event::Plan),
             17 => {
