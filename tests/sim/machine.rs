@@ -4,7 +4,8 @@
 //! the rest, holds its experts over a lost connection and forgets them when its process ends. A liar keeps none of them
 //! when its dice say so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use mesh_proto::facts::ModelFacts;
@@ -13,11 +14,11 @@ use mesh_wire::control::{Hello, Placed, Placement, Refusal};
 use mesh_wire::id::{ExpertKey, Slice};
 use mesh_wire::reply::{ReplyHead, encode_sums};
 
-use super::dice::Dice;
+use super::dice::{Dice, mix};
 use super::toy::{HIDDEN, Row, Toy};
 
 /// A call as a node sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Call {
     pub(crate) call: u64,
     pub(crate) epoch: u64,
@@ -27,12 +28,32 @@ pub(crate) struct Call {
     pub(crate) assignments: Vec<(u32, u16)>,
 }
 
+impl fmt::Debug for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Call { call, epoch, layer, rows, assignments } = self;
+        let (first, rows) = (rows.first(), rows.len());
+        write!(f, "{call}, epoch {epoch}, layer {layer}, {rows} rows from {first:x?}, {assignments:?}")
+    }
+}
+
 /// What a node says of a call.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) enum Answer {
     /// The body of a reply frame.
     Reply(Vec<u8>),
     Refused(u64, Refusal),
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Answer::Reply(body) => {
+                let hash = body.iter().fold(0_u64, |hash, byte| mix(hash ^ u64::from(*byte)));
+                write!(f, "reply of {} bytes {hash:x}", body.len())
+            }
+            Answer::Refused(call, refusal) => write!(f, "{call} refused: {refusal:?}"),
+        }
+    }
 }
 
 /// Ways to lie about a call.
@@ -80,8 +101,9 @@ pub(crate) struct Machine {
     pub(crate) weight_mb_s: u32,
     /// At most two, ascending.
     pub(crate) held: Vec<Held>,
-    /// When its worker is done with what it has.
+    /// When its worker is done with what it has, and when its loader is.
     pub(crate) free_at: Duration,
+    pub(crate) loaded_at: Duration,
     pub(crate) slow: u32,
     pub(crate) frozen_until: Duration,
     /// Permille of what it says that is a lie.
@@ -102,6 +124,7 @@ impl Machine {
             weight_mb_s,
             held: Vec::new(),
             free_at: Duration::ZERO,
+            loaded_at: Duration::ZERO,
             slow: 1,
             frozen_until: Duration::ZERO,
             lies,
@@ -121,7 +144,7 @@ impl Machine {
     pub(crate) fn start(&mut self, now: Duration) {
         self.up = true;
         self.life += 1;
-        self.free_at = now;
+        (self.free_at, self.loaded_at) = (now, now);
         self.frozen_until = Duration::ZERO;
     }
 
@@ -186,9 +209,11 @@ impl Machine {
             return Err(Refusal::Stopping);
         }
         let held = self.held.iter().find(|held| held.epoch == call.epoch).ok_or(Refusal::UnknownEpoch)?;
+        // As it says of itself: reading the weights is what takes time, however many rows there are.
+        let experts: BTreeSet<u16> = call.assignments.iter().map(|(_, expert)| *expert).collect();
         let mut bytes = 0;
-        for (_, expert) in &call.assignments {
-            let key = ExpertKey { layer: call.layer, expert: *expert };
+        for expert in experts {
+            let key = ExpertKey { layer: call.layer, expert };
             let slice = held.slices.get(&key).ok_or(Refusal::UnknownExpert)?;
             bytes += slice_bytes(slice, facts);
         }

@@ -22,10 +22,6 @@
 
 mod world;
 
-mod engine;
-
-mod router;
-
 mod machine;
 
 mod faults;

@@ -3,7 +3,12 @@
 //! Nothing here decides anything about calls, nodes or plans: `Cluster`, `Attempts`, the planner, `Share` and `Scheduler`
 //! do, as in the program. The world carries their messages, badly, and compares.
 
+mod engine;
+
+mod router;
+
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::time::Duration;
 
 use mesh_proto::cluster::Event;
@@ -12,13 +17,13 @@ use mesh_proto::routes::NodeIndex;
 use mesh_wire::buffer::Pool;
 use mesh_wire::control::{Health, Placed, Placement, Refusal};
 
-use super::dice::Dice;
-use super::engine::Engine;
-use super::faults::{Fault, Profile};
-use super::machine::{Answer, Call, Machine};
-use super::router::Router;
-use super::toy::{MOE_LAYERS, Toy, VOCAB};
-use super::trace::Trace;
+use crate::dice::Dice;
+use crate::faults::{Fault, Profile};
+use crate::machine::{Answer, Call, Machine};
+use crate::toy::{MOE_LAYERS, Toy, VOCAB};
+use crate::trace::Trace;
+use engine::Engine;
+use router::Router;
 
 /// Silence after which a connection is given up, as in mesh-net.
 const IDLE: Duration = Duration::from_secs(3);
@@ -44,10 +49,20 @@ pub(crate) enum Way {
 /// What is said on a control stream.
 #[derive(Clone, Debug)]
 pub(crate) enum Control {
-    Place(Placement),
+    Place(Order),
     Placed(Placed),
     Health(Health),
     Leaving,
+}
+
+/// A placement; a trace need not list its experts.
+#[derive(Clone)]
+pub(crate) struct Order(pub(crate) Placement);
+
+impl fmt::Debug for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "epoch {}, {} experts", self.0.epoch, self.0.experts.len())
+    }
 }
 
 /// Something that happens at its time.
@@ -61,7 +76,7 @@ pub(crate) enum Happening {
     Answer(NodeIndex, u64, Answer),
     /// A node's worker is done.
     Computed { node: NodeIndex, life: u64, connection: u64, call: Call },
-    Loaded { node: NodeIndex, life: u64, connection: u64, placement: Placement },
+    Loaded { node: NodeIndex, life: u64, connection: u64, placement: Order },
     Dial { node: NodeIndex, life: u64 },
     Start(NodeIndex),
     RouterStart,
@@ -156,7 +171,7 @@ impl World {
             experts,
             expert_bytes: u64::from(blocks) * 1_000_000,
             blocks,
-            hidden: super::toy::HIDDEN as u32,
+            hidden: crate::toy::HIDDEN as u32,
             top_k,
             ..ModelFacts::default()
         };
@@ -210,8 +225,15 @@ impl World {
             self.at(delay, Happening::Start(node));
         }
         let end = self.dice.millis(4_000, 12_000);
-        for client in 0..self.dice.between(2, 9) as usize {
-            let delay = self.dice.micros(100_000, end.as_micros() as u64 * 9 / 10);
+        let (from, to) = (100_000, end.as_micros() as u64 * 9 / 10);
+        let mut base = self.dice.micros(from, to);
+        let together = self.dice.chance(500);
+        for client in 0..self.dice.between(2, 12) as usize {
+            // Some come one by one, some in crowds.
+            if !together || self.dice.chance(250) {
+                base = self.dice.micros(from, to);
+            }
+            let delay = base + self.dice.millis(0, 300);
             self.arrive(client, delay);
         }
         for (fault, mean) in self.profile.every.clone() {
@@ -223,7 +245,8 @@ impl World {
 
     /// A new client, `delay` from now.
     pub(crate) fn arrive(&mut self, client: usize, delay: Duration) {
-        let length = self.dice.between(1, if self.dice.chance(300) { 24 } else { 8 });
+        let longest = if self.dice.chance(300) { 24 } else { 8 };
+        let length = self.dice.between(1, longest);
         let prompt: Vec<u32> = (0..length).map(|_| self.dice.roll(VOCAB) as u32).collect();
         let tokens_max = self.dice.between(1, 12) as usize;
         let wanted = self.toy.generate(&prompt, tokens_max);
@@ -265,7 +288,8 @@ impl World {
     }
 
     fn is_done(&self) -> bool {
-        self.clients.iter().all(|client| client.end.is_some()) && self.is_placed()
+        let idle = self.machines.iter().all(|machine| machine.free_at <= self.now);
+        idle && self.clients.iter().all(|client| client.end.is_some()) && self.is_placed()
     }
 
     /// Why it has not come to an end.
@@ -321,10 +345,11 @@ impl World {
             }
             Happening::Computed { node, life, connection, call } => self.computed(node, life, connection, &call),
             Happening::Loaded { node, life, connection, placement } => {
-                self.loaded(node, life, connection, &placement);
+                self.loaded(node, life, connection, &placement.0);
             }
             Happening::Dial { node, life } => self.dial(node, life),
             Happening::Start(node) => self.start(node),
+            Happening::RouterStart if self.router_up => {}
             Happening::RouterStart => self.router_starts(),
             Happening::Engine => self.pump(),
             Happening::Arrive(client) => self.client_arrives(client),
@@ -451,11 +476,14 @@ impl World {
         }
     }
 
-    fn placement_arrives(&mut self, node: NodeIndex, connection: u64, placement: Placement) {
+    fn placement_arrives(&mut self, node: NodeIndex, connection: u64, placement: Order) {
         let machine = &self.machines[usize::from(node)];
-        let known = machine.held.iter().any(|held| held.epoch == placement.epoch);
-        let delay = if known { Duration::ZERO } else { self.dice.millis(1, 20 + 5 * placement.experts.len() as u64) };
-        let life = self.machines[usize::from(node)].life;
+        let known = machine.held.iter().any(|held| held.epoch == placement.0.epoch);
+        let delay = if known { Duration::ZERO } else { self.dice.millis(1, 20 + 5 * placement.0.experts.len() as u64) };
+        // One after the other, in the order they came.
+        let machine = &mut self.machines[usize::from(node)];
+        machine.loaded_at = machine.loaded_at.max(self.now) + delay;
+        let (life, delay) = (machine.life, machine.loaded_at - self.now);
         self.at(delay, Happening::Loaded { node, life, connection, placement });
     }
 

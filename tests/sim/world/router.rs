@@ -11,9 +11,9 @@ use mesh_proto::routes::{NodeIndex, ROUTER, Routes};
 use mesh_wire::control::{Hello, Placed};
 use mesh_wire::id::NodeId;
 
-use super::dice::Dice;
-use super::machine::slice_bytes;
-use super::world::{Control, Way, World};
+use crate::dice::Dice;
+use crate::machine::slice_bytes;
+use super::{Control, Order, Way, World};
 
 #[derive(Debug)]
 struct Connection {
@@ -116,6 +116,7 @@ impl World {
         let told = (!matches!(event, Event::Tick | Event::Health(..))).then(|| format!("{event:?}"));
         let actions = self.router.cluster.handle(now, event);
         if let Some(told) = told {
+            let actions: Vec<String> = actions.iter().map(brief).collect();
             self.trace.note(now, format_args!("  {told} -> {actions:?}"));
         }
         assert!(actions.len() <= 2 * self.machines.len() + 2, "{actions:?}");
@@ -129,7 +130,7 @@ impl World {
                     assert!(bytes <= connection.memory_bytes, "{node} is to hold {bytes} bytes");
                     connection.ordered.insert(placement.epoch);
                     let id = connection.id;
-                    self.say(node, Way::Out, id, Control::Place(placement));
+                    self.say(node, Way::Out, id, Control::Place(Order(placement)));
                 }
                 Action::Disconnect(node, _) => {
                     self.router.close(node);
@@ -175,5 +176,15 @@ impl World {
         let states = cluster.statuses();
         let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
         held >= all.min(room) && !states.iter().any(|status| out(status.state))
+    }
+}
+
+/// An action for the trace.
+fn brief(action: &Action) -> String {
+    match action {
+        Action::Place(node, placement) => format!("place {node}: {:?}", Order(placement.clone())),
+        Action::Disconnect(node, reason) => format!("disconnect {node}: {reason}"),
+        Action::RoutesChanged => "routes".to_owned(),
+        Action::Report(node, text) => format!("report {node}: {text}"),
     }
 }

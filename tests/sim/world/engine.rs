@@ -7,16 +7,16 @@ use std::time::Duration;
 use mesh_proto::attempts::{Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit, Units, Why};
 use mesh_proto::cluster::{Event, NodeState};
 use mesh_proto::health::Doubts;
-use mesh_proto::routes::{NodeIndex, ROUTER};
+use mesh_proto::routes::{Holders, NodeIndex, ROUTER};
 use mesh_wire::buffer::Pool;
 use mesh_wire::frame::{Header, Op};
 use mesh_wire::reply::{Reply, Row as Sums};
-use router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
+use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
 
-use super::dice::Dice;
-use super::machine::{Answer, Call};
-use super::toy::{END, HIDDEN, LAYERS, MOE_LAYERS, Row};
-use super::world::{End, Happening, World};
+use crate::dice::Dice;
+use crate::machine::{Answer, Call};
+use crate::toy::{END, HIDDEN, LAYERS, MOE_LAYERS, Row};
+use super::{End, Happening, Summary, World};
 
 /// Tokens per KV block.
 const BLOCK: usize = 4;
@@ -57,6 +57,8 @@ struct Work {
     expert: u16,
     blocks: (u16, u16),
     rows: Vec<usize>,
+    /// Who held it when its layer began.
+    holders: Holders,
     /// Times it was added to the sums.
     added: u32,
 }
@@ -126,7 +128,7 @@ impl Engine {
         let sequences = dice.between(1, 6) as usize;
         let limits = Limits {
             block_tokens: BLOCK,
-            blocks: dice.between(9, 24) as usize,
+            blocks: dice.between(9, 18) as usize,
             rows: sequences + dice.between(0, 20) as usize,
             chunk: dice.between(1, 12) as usize,
             sequences,
@@ -387,7 +389,7 @@ impl World {
                 let flight = &mut self.engine.flights[part];
                 let unit = flight.attempts.unit(piece.holders, rows.len() as u32);
                 let blocks = (piece.from, piece.to);
-                flight.work.push(Work { expert: *expert, blocks, rows: rows.clone(), added: 0 });
+                flight.work.push(Work { expert: *expert, blocks, rows: rows.clone(), holders: piece.holders, added: 0 });
                 let nodes = piece.holders.as_slice().iter().copied().filter(|node| *node != ROUTER);
                 let load = |node: &NodeIndex| (self.standing(*node), asked.get(node).map_or(0, Vec::len), *node);
                 match nodes.min_by_key(load) {
@@ -641,16 +643,10 @@ impl World {
     fn check_lost(&self, part: usize, units: Units) {
         assert!(!self.profile.fallback, "the router could have computed it");
         let flight = &self.engine.flights[part];
-        let routes = self.router.cluster.routes();
         for unit in flight.attempts.list(units) {
             let work = &flight.work[*unit as usize];
             assert_eq!(work.added, 0, "what is lost was added");
-            if routes.epoch != flight.epoch {
-                continue;
-            }
-            let pieces = routes.table.parts(flight.layer, work.expert);
-            let Some(piece) = pieces.iter().find(|piece| (piece.from, piece.to) == work.blocks) else { continue };
-            for node in piece.holders.as_slice() {
+            for node in work.holders.as_slice() {
                 let asked = |(attempt, _): (&Attempt, &Vec<usize>)| flight.attempts.units_of(*attempt).contains(unit);
                 let asked = flight.rows.iter().any(asked);
                 assert!(asked || self.standing(*node) == Standing::Out, "{node} could have been asked");
@@ -726,8 +722,6 @@ impl World {
         assert!(hedges <= most, "{hedges} hedges of {calls} calls");
     }
 }
-
-use super::world::Summary;
 
 enum Settled {
     Done,
