@@ -29,11 +29,16 @@ pub(crate) const PANICS: f32 = 1000.0;
 pub(crate) const FAILS: f32 = 1001.0;
 pub(crate) const OVERFLOWS: f32 = 1002.0;
 
-/// Layers 1 and 3 with 8 experts each; every byte of an expert is `10 layer + expert`.
+/// Width of the wide experts: three blocks, the last of them ragged.
+pub(crate) const WIDE: usize = 300;
+
+/// Layers 1 and 3 with 8 experts each; every byte of an expert is `10 layer + expert`, but for wide ones.
 #[derive(Debug, Default)]
 pub(crate) struct FakeSource {
     /// What was read, in order.
-    pub(crate) reads: Mutex<Vec<ExpertKey>>,
+    pub(crate) reads: Mutex<Vec<Slice>>,
+    /// Experts are `WIDE`, and their bytes differ (`wide_expert`).
+    pub(crate) wide: bool,
     /// Reading this one fails.
     pub(crate) broken: Option<ExpertKey>,
 }
@@ -43,7 +48,8 @@ impl Source for FakeSource {
         Shape {
             format: Format::Q8,
             hidden: HIDDEN,
-            expert_bytes: EXPERT_BYTES,
+            inter: if self.wide { WIDE } else { 32 },
+            expert_bytes: if self.wide { Format::Q8.expert_bytes(HIDDEN, WIDE) as u64 } else { EXPERT_BYTES },
             layers: vec![1, 3],
             experts: 8,
         }
@@ -53,14 +59,19 @@ impl Source for FakeSource {
         FINGERPRINT
     }
 
-    fn expert(&self, key: ExpertKey) -> Result<PackedExpert, OpenError> {
-        self.reads.lock().unwrap().push(key);
+    fn read(&self, slice: Slice, out: &mut [u8]) -> Result<(), OpenError> {
+        let key = slice.key;
+        self.reads.lock().unwrap().push(slice);
         if self.broken == Some(key) || !(key.layer == 1 || key.layer == 3) || key.expert >= 8 {
             return Err(OpenError(format!("expert {} of layer {} cannot be read", key.expert, key.layer)));
         }
-        let mut bytes = region::Buffer::zeroed(EXPERT_BYTES as usize);
-        bytes.fill((10 * key.layer + key.expert) as u8);
-        Ok(PackedExpert { format: Format::Q8, hidden: HIDDEN, inter: 32, bytes: bytes.into() })
+        if self.wide {
+            wide_expert(key).write_slice((slice.from, slice.to), out).unwrap();
+        } else {
+            assert_eq!(out.len() as u64, EXPERT_BYTES);
+            out.fill((10 * key.layer + key.expert) as u8);
+        }
+        Ok(())
     }
 
     fn step_log2(&self, layer: u16) -> i8 {
@@ -146,13 +157,25 @@ impl LayerExperts for FakeLayer {
     }
 }
 
+/// All of a wide expert: bytes that differ from place to place and from expert to expert, scales that are finite.
+pub(crate) fn wide_expert(key: ExpertKey) -> PackedExpert {
+    let mut bytes = region::Buffer::zeroed(Format::Q8.expert_bytes(HIDDEN, WIDE));
+    let seed = usize::from(10 * key.layer + key.expert);
+    bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = ((at * 37 + at / 251 + seed) % 61) as u8);
+    PackedExpert { format: Format::Q8, hidden: HIDDEN, inter: WIDE, bytes: bytes.into() }
+}
+
 pub(crate) fn key(layer: u16, expert: u16) -> ExpertKey {
     ExpertKey { layer, expert }
 }
 
+/// The first block of an expert, which is all of those that are not wide.
+pub(crate) fn first(layer: u16, expert: u16) -> Slice {
+    Slice { key: key(layer, expert), from: 0, to: 1 }
+}
+
 pub(crate) fn placement(epoch: u64, experts: impl IntoIterator<Item = (u16, u16)>) -> Placement {
-    let slice = |(layer, expert)| Slice { key: key(layer, expert), from: 0, to: 1 };
-    let experts = experts.into_iter().map(slice).collect();
+    let experts = experts.into_iter().map(|(layer, expert)| first(layer, expert)).collect();
     Placement { epoch, model: FINGERPRINT, experts }
 }
 

@@ -1,25 +1,27 @@
-//! The experts this process holds.
+//! The experts this process holds, whole or in slices.
 //!
 //! The router orders placements by epoch and goes on using the last one until everybody has loaded the next, so
-//! a node answers calls of two epochs. Experts are pure, so an expert that both contain is one copy in memory; what
+//! a node answers calls of two epochs. Experts are pure, so what both contain is one copy in memory; what
 //! differs per epoch is only which experts exist. Weights are copied out of the mapped model once, into arenas of
 //! `ARENA_BYTES`: a mapped file is evicted under pressure, and thousands of single allocations would each be rounded
-//! up to huge pages.
+//! up to huge pages. Of a slice only its own bytes are read; one that lies within what the last epoch held of its
+//! expert is cut from that, without a disk.
 //!
 //! Loading runs beside the worker; the table it reads is replaced as a whole at the end. The price: experts of
 //! an arena are freed together, so after a re-placement up to one arena per layer is kept for the few experts of it
-//! that stayed. Refuses placements of other models, unknown experts, and more than the memory it was given.
+//! that stayed. Refuses placements of other models, unknown experts and blocks, and more than the memory it was given.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_wire::control::Placement;
-use mesh_wire::id::ExpertKey;
-use model::format::Format;
+use mesh_wire::id::{ExpertKey, Slice};
+use model::format::{Format, slice_width};
 use model::kernel::{KernelError, Kernels, LayerExperts};
 use model::open::{Model, OpenError};
-use model::packed::{PackedExpert, gather};
+use model::packed::PackedExpert;
+use model::packed::slice::gather;
 
 /// Least bytes of one allocation of experts, unless the layer has fewer. Allocations are rounded up to huge pages of
 /// 2 MB: at this size that wastes 1.5 % on average. A larger one would keep more memory for few experts.
@@ -32,12 +34,27 @@ pub struct Shape {
     pub format: Format,
     /// Width of a row.
     pub hidden: usize,
+    /// Intermediate values of a whole expert.
+    pub inter: usize,
     /// Bytes of one expert.
     pub expert_bytes: u64,
     /// Layers that have experts, ascending.
     pub layers: Vec<u16>,
     /// Experts of each of them.
     pub experts: u16,
+}
+
+impl Shape {
+    /// Intermediate values of a slice; `None` where the model has no such expert or blocks.
+    pub fn width(&self, slice: &Slice) -> Option<usize> {
+        let known = self.layers.binary_search(&slice.key.layer).is_ok() && slice.key.expert < self.experts;
+        slice_width(self.inter, (slice.from, slice.to)).filter(|_| known)
+    }
+
+    /// Bytes of an expert that is `width` wide.
+    pub fn bytes(&self, width: usize) -> u64 {
+        self.format.expert_bytes(self.hidden, width) as u64
+    }
 }
 
 /// Where experts come from. `Model` is the one; tests have others.
@@ -48,11 +65,11 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// BLAKE3 of the model's manifest.
     fn fingerprint(&self) -> [u8; 32];
 
-    /// One expert, as a view or made now.
+    /// Writes the packed bytes of an expert or a slice of one to `out`, which has their length, and reads no others.
     ///
     /// # Errors
     /// Where there is no such expert, or its bytes cannot be read.
-    fn expert(&self, key: ExpertKey) -> Result<PackedExpert, OpenError>;
+    fn read(&self, slice: Slice, out: &mut [u8]) -> Result<(), OpenError>;
 
     /// Combine step of a layer, as a power of two.
     fn step_log2(&self, layer: u16) -> i8;
@@ -64,6 +81,7 @@ impl Source for Model {
         Shape {
             format: self.format,
             hidden: self.config.hidden,
+            inter: moe.inter,
             expert_bytes: self.format.expert_bytes(self.config.hidden, moe.inter) as u64,
             // Configs with more layers or experts than fit are refused when they are read.
             layers: self.config.moe_layers().filter_map(|layer| u16::try_from(layer).ok()).collect(),
@@ -75,8 +93,8 @@ impl Source for Model {
         self.fingerprint
     }
 
-    fn expert(&self, key: ExpertKey) -> Result<PackedExpert, OpenError> {
-        Model::expert(self, usize::from(key.layer), usize::from(key.expert))
+    fn read(&self, slice: Slice, out: &mut [u8]) -> Result<(), OpenError> {
+        self.write_slice((slice.key.layer, slice.key.expert), (slice.from, slice.to), out)
     }
 
     fn step_log2(&self, layer: u16) -> i8 {
@@ -90,6 +108,9 @@ pub enum PlaceError {
     /// It is about another model.
     #[error("the placement is for another model: start router and node with the same --model and --weights")]
     Model,
+    /// It has something that this model has not.
+    #[error("the model has no blocks {}..{} of expert {} in layer {}: start router and node with the same version", .0.from, .0.to, .0.key.expert, .0.key.layer)]
+    Unknown(Slice),
     /// It does not fit.
     #[error(
         "{experts} experts need {needed} bytes of memory, allowed are {allowed}: start the node with more --memory"
@@ -137,21 +158,38 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 
 type Layers = BTreeMap<u16, Layer>;
 
-/// Experts that the next epoch takes over from the last, by layer.
+/// What the next epoch takes over from the last, by layer.
 type Shared = BTreeMap<u16, SharedLayer>;
 
 #[derive(Debug)]
 struct SharedLayer {
-    experts: Vec<(u16, PackedExpert)>,
-    /// Set where both epochs hold the same experts of the layer.
+    /// Held as it is wanted.
+    pieces: Vec<Piece>,
+    /// Held, and wanted in part: to be cut from.
+    larger: Vec<Piece>,
+    /// Set where both epochs hold the same of the layer.
     runs: Option<Arc<dyn LayerExperts>>,
+}
+
+/// An expert of some layer, or a slice of one.
+#[derive(Clone, Debug)]
+struct Piece {
+    slice: Slice,
+    packed: PackedExpert,
+}
+
+impl Piece {
+    /// Whether `slice` is a part of it.
+    fn covers(&self, slice: &Slice) -> bool {
+        self.slice.key == slice.key && self.slice.from <= slice.from && slice.to <= self.slice.to
+    }
 }
 
 /// One layer of one epoch.
 #[derive(Clone, Debug)]
 struct Layer {
     /// What was loaded, to be shared with the next epoch; ascending.
-    experts: Vec<(u16, PackedExpert)>,
+    pieces: Vec<Piece>,
     runs: Arc<dyn LayerExperts>,
 }
 
@@ -162,10 +200,8 @@ struct Epoch {
 }
 
 impl Epoch {
-    fn experts(&self) -> impl Iterator<Item = (ExpertKey, &PackedExpert)> {
-        self.layers.iter().flat_map(|(layer, held)| {
-            held.experts.iter().map(|(expert, packed)| (ExpertKey { layer: *layer, expert: *expert }, packed))
-        })
+    fn pieces(&self) -> impl Iterator<Item = &Piece> {
+        self.layers.values().flat_map(|layer| &layer.pieces)
     }
 }
 
@@ -208,8 +244,10 @@ impl Shard {
     /// Bytes of all experts that are held, those that epochs share counted once.
     pub fn weight_bytes(&self) -> u64 {
         let held = self.lock().clone();
-        let all: BTreeMap<_, _> = held.iter().flat_map(|epoch| epoch.experts()).collect();
-        all.values().map(|packed| packed.bytes.len() as u64).sum()
+        let pieces = held.iter().flat_map(|epoch| epoch.pieces());
+        let all: BTreeMap<Slice, usize> =
+            pieces.map(|piece| (piece.slice, piece.packed.bytes.len())).collect();
+        all.values().map(|bytes| *bytes as u64).sum()
     }
 
     /// The experts of `layer` under `epoch`, which hold all of `experts`.
@@ -264,16 +302,16 @@ impl Shard {
     fn holds(&self, placement: &Placement) -> bool {
         let held = self.lock().clone();
         let found = held.iter().find(|held| held.epoch == placement.epoch);
-        found.is_some_and(|epoch| {
-            placement.experts.iter().map(|slice| slice.key).eq(epoch.experts().map(|(key, _)| key))
-        })
+        found.is_some_and(|epoch| placement.experts.iter().eq(epoch.pieces().map(|piece| &piece.slice)))
     }
 
-    /// Bytes of the placement's experts, which must be within the memory.
+    /// Bytes of the placement's experts, which must exist and be within the memory.
     fn needed(&self, placement: &Placement) -> Result<u64, PlaceError> {
-        let experts = placement.experts.len();
-        let needed = self.source.shape().expert_bytes.saturating_mul(experts as u64);
+        let shape = self.source.shape();
+        let bytes = |slice: &Slice| Ok(shape.bytes(shape.width(slice).ok_or(PlaceError::Unknown(*slice))?));
+        let needed = placement.experts.iter().map(bytes).sum::<Result<u64, PlaceError>>()?;
         if needed > self.memory_bytes {
+            let experts = placement.experts.len();
             return Err(PlaceError::Memory { experts, needed, allowed: self.memory_bytes });
         }
         Ok(needed)
@@ -291,12 +329,14 @@ impl Shard {
         let mut alone = 0;
         for (layer, old) in &newest.layers {
             let new = wanted.get(layer).map_or(&[][..], Vec::as_slice);
-            let (both, rest): (Vec<_>, Vec<_>) =
-                old.experts.iter().cloned().partition(|(expert, _)| new.binary_search(expert).is_ok());
-            alone += rest.iter().map(|(_, packed)| packed.bytes.len() as u64).sum::<u64>();
-            let same = rest.is_empty() && both.len() == new.len();
+            let is_wanted = |piece: &Piece| new.binary_search(&piece.slice).is_ok();
+            let (pieces, rest): (Vec<_>, Vec<_>) = old.pieces.iter().cloned().partition(is_wanted);
+            alone += rest.iter().map(|piece| piece.packed.bytes.len() as u64).sum::<u64>();
+            let same = rest.is_empty() && pieces.len() == new.len();
             let runs = same.then(|| Arc::clone(&old.runs));
-            shared.insert(*layer, SharedLayer { experts: both, runs });
+            let larger =
+                rest.into_iter().filter(|piece| new.iter().any(|slice| piece.covers(slice))).collect();
+            shared.insert(*layer, SharedLayer { pieces, larger, runs });
         }
         if needed.saturating_add(alone) <= self.memory_bytes {
             held.push(newest);
@@ -305,6 +345,8 @@ impl Shard {
                 epoch = newest.epoch,
                 "no memory for two placements at once: the old one ends now"
             );
+            // What is held only to be cut from would be in memory beside its part: that is read instead.
+            shared.values_mut().for_each(|layer| layer.larger.clear());
         }
         shared
     }
@@ -320,51 +362,70 @@ impl Shard {
         let mut done = 0;
         let mut layers = Layers::new();
         for (layer, wanted) in wanted {
-            let (mut experts, runs) = match shared.remove(layer) {
-                Some(shared) => (shared.experts, shared.runs),
-                None => (Vec::new(), None),
+            let (mut pieces, larger, runs) = match shared.remove(layer) {
+                Some(SharedLayer { pieces, larger, runs }) => (pieces, larger, runs),
+                None => (Vec::new(), Vec::new(), None),
             };
-            let held = |expert: &u16| experts.binary_search_by_key(expert, |(expert, _)| *expert).is_ok();
-            let fresh: Vec<_> = wanted.iter().copied().filter(|expert| !held(expert)).collect();
-            done += experts.len();
+            let held = |slice: &Slice| pieces.binary_search_by_key(slice, |piece| piece.slice).is_ok();
+            let fresh: Vec<_> = wanted.iter().copied().filter(|slice| !held(slice)).collect();
+            done += pieces.len();
             let mut loaded = |more: usize| {
                 done += more;
                 progress(done as u64, total as u64);
             };
-            experts.extend(self.read(*layer, &fresh, &mut loaded)?);
-            experts.sort_by_key(|(expert, _)| *expert);
+            pieces.extend(self.read(&fresh, &larger, &mut loaded)?);
+            pieces.sort_by_key(|piece| piece.slice);
             let runs = match runs {
                 Some(runs) => runs,
-                None => self.kernels.experts(experts.clone(), self.source.step_log2(*layer))?,
+                None => {
+                    let experts = pieces.iter().map(|piece| (piece.slice.key.expert, piece.packed.clone()));
+                    self.kernels.experts(experts.collect(), self.source.step_log2(*layer))?
+                }
             };
-            layers.insert(*layer, Layer { experts, runs });
+            layers.insert(*layer, Layer { pieces, runs });
         }
         Ok(layers)
     }
 
-    /// Copies experts of a layer into arenas.
+    /// Copies experts of a layer into arenas: from those of `held` that contain them, else from the source.
     fn read(
         &self,
-        layer: u16,
-        experts: &[u16],
+        slices: &[Slice],
+        held: &[Piece],
         loaded: &mut dyn FnMut(usize),
-    ) -> Result<Vec<(u16, PackedExpert)>, PlaceError> {
-        let mut resident = Vec::with_capacity(experts.len());
-        let mut arena: Vec<(u16, PackedExpert)> = Vec::new();
-        let mut arena_bytes = 0;
-        for (index, expert) in experts.iter().enumerate() {
-            if self.ending.load(Ordering::Relaxed) {
-                return Err(PlaceError::Ending);
-            }
-            let packed = self.source.expert(ExpertKey { layer, expert: *expert })?;
-            arena_bytes += packed.bytes.len();
-            arena.push((*expert, packed));
-            if arena_bytes >= ARENA_BYTES || index + 1 == experts.len() {
-                loaded(arena.len());
-                gather(&mut arena);
-                arena_bytes = 0;
-                resident.append(&mut arena);
-            }
+    ) -> Result<Vec<Piece>, PlaceError> {
+        let shape = self.source.shape();
+        let mut resident = Vec::with_capacity(slices.len());
+        let mut rest = slices;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let begins = |slice: &&Slice| {
+                let room = bytes < ARENA_BYTES as u64;
+                bytes += shape.width(slice).map_or(0, |width| shape.bytes(width));
+                room
+            };
+            let (arena, after) = rest.split_at(rest.iter().take_while(begins).count());
+            rest = after;
+            let widths = arena
+                .iter()
+                .map(|slice| Ok((slice.key.expert, shape.width(slice).ok_or(PlaceError::Unknown(*slice))?)));
+            let widths = widths.collect::<Result<Vec<_>, PlaceError>>()?;
+            let write = |at: usize, out: &mut [u8]| {
+                if self.ending.load(Ordering::Relaxed) {
+                    return Err(PlaceError::Ending);
+                }
+                let slice = arena[at];
+                let larger = held.iter().find(|piece| piece.covers(&slice));
+                let cut = |piece: &Piece| {
+                    let first = piece.slice.from;
+                    piece.packed.write_slice((slice.from - first, slice.to - first), out)
+                };
+                if larger.and_then(cut).is_some() { Ok(()) } else { Ok(self.source.read(slice, out)?) }
+            };
+            let packed = gather((shape.format, shape.hidden), &widths, write)?;
+            loaded(arena.len());
+            resident
+                .extend(arena.iter().zip(packed).map(|(slice, (_, packed))| Piece { slice: *slice, packed }));
         }
         Ok(resident)
     }
@@ -374,13 +435,13 @@ impl Shard {
     }
 }
 
-/// Experts of a placement by layer, ascending.
-type Wanted = BTreeMap<u16, Vec<u16>>;
+/// Slices of a placement by layer, ascending.
+type Wanted = BTreeMap<u16, Vec<Slice>>;
 
 fn by_layer(placement: &Placement) -> Wanted {
     let mut wanted = Wanted::new();
     for slice in &placement.experts {
-        wanted.entry(slice.key.layer).or_default().push(slice.key.expert);
+        wanted.entry(slice.key.layer).or_default().push(*slice);
     }
     wanted
 }

@@ -94,6 +94,18 @@ impl std::str::FromStr for Format {
     }
 }
 
+/// Blocks of `COMBINE_BLOCK` intermediate values of an expert of width `inter`, in which slices of experts are
+/// counted. The last may be shorter.
+pub const fn blocks(inter: usize) -> usize {
+    inter.div_ceil(COMBINE_BLOCK)
+}
+
+/// Intermediate values in blocks `from..to` of an expert of width `inter`; `None` where it has no such blocks.
+pub fn slice_width(inter: usize, (from, to): (u16, u16)) -> Option<usize> {
+    let (from, to) = (usize::from(from), usize::from(to));
+    (from < to && to <= blocks(inter)).then(|| inter.min(to * COMBINE_BLOCK) - from * COMBINE_BLOCK)
+}
+
 /// `inputs` rounded up to whole groups.
 pub const fn padded_inputs(inputs: usize) -> usize {
     inputs.next_multiple_of(GROUP)

@@ -1,18 +1,26 @@
-//! Routed experts computed in this process: all of them in `reference`, and on a router those that no node
-//! holds or whose node does not answer.
+//! Routed experts computed in this process: all of them in `reference`, and on a router its own share and those that
+//! no node holds or whose node does not answer, whole or in slices.
 //!
 //! Experts are loaded the first time a row needs them, from the packed model, and stay. So a router that has
-//! never lost a node holds none in memory, and one that has pays the price only for what was asked for. `load_all`
-//! loads them in advance: where they are used all the time.
+//! never lost a node holds none in memory, and one that has pays the price only for what was asked for.
+//! `load_resident` loads the first experts of every layer in advance: where they are used all the time. The price of
+//! slices: unlike whole experts they cannot be views of mapped files, so copies of `SLICES_BYTES_MAX` are kept, and
+//! beyond that they are cut anew for every call.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::activations::Activations;
+use crate::format::{blocks, slice_width};
 use crate::kernel::measure::{self, Sample};
 use crate::kernel::{Assignment, KernelError, Kernels, LayerExperts, PartialSums};
 use crate::open::{Model, OpenError};
-use crate::packed::{PackedExpert, gather};
+use crate::packed::PackedExpert;
+use crate::packed::slice::gather;
+
+/// Bytes of slices that are kept for the next call. A router needs them while nodes are gone, beside everything else
+/// it holds; slices of one lost machine of a home cluster fit.
+pub const SLICES_BYTES_MAX: u64 = 2 << 30;
 
 /// Why experts could not be computed here.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +40,7 @@ pub struct Home {
     kernels: Arc<dyn Kernels>,
     residency: Residency,
     layers: Vec<HomeLayer>,
+    slices_bytes_max: u64,
     partial: PartialSums,
     wide: Vec<i64>,
     overflowed: Vec<Assignment>,
@@ -46,11 +55,27 @@ pub enum Residency {
     Resident,
 }
 
+/// Experts of a layer, all whole or all the same blocks of theirs.
+#[derive(Debug, Default)]
+struct Held {
+    packed: BTreeMap<u16, PackedExpert>,
+    runs: Option<Arc<dyn LayerExperts>>,
+}
+
 #[derive(Debug, Default)]
 struct HomeLayer {
-    held: BTreeSet<u16>,
-    packed: Vec<(u16, PackedExpert)>,
-    loaded: Option<Arc<dyn LayerExperts>>,
+    whole: Held,
+    /// So many of the first experts are in memory of their own (`load_resident`).
+    resident: u16,
+    /// By first block and the one after the last.
+    slices: BTreeMap<(u16, u16), Held>,
+}
+
+impl HomeLayer {
+    fn bytes(&self) -> u64 {
+        let held = std::iter::once(&self.whole).chain(self.slices.values());
+        held.flat_map(|held| held.packed.values()).map(|expert| expert.bytes.len() as u64).sum()
+    }
 }
 
 impl Home {
@@ -58,20 +83,25 @@ impl Home {
     pub fn new(model: Arc<Model>, kernels: Arc<dyn Kernels>, residency: Residency) -> Home {
         let layers = model.config.layers.iter().map(|_| HomeLayer::default()).collect();
         let (partial, wide, overflowed) = (PartialSums::default(), Vec::new(), Vec::new());
-        Home { model, kernels, residency, layers, partial, wide, overflowed }
+        let slices_bytes_max = SLICES_BYTES_MAX;
+        Home { model, kernels, residency, layers, slices_bytes_max, partial, wide, overflowed }
     }
 
     /// Bytes of experts in use so far.
     pub fn weight_bytes(&self) -> u64 {
-        let sizes = self.layers.iter().flat_map(|layer| &layer.packed).map(|(_, e)| e.bytes.len() as u64);
-        sizes.sum()
+        self.layers.iter().map(HomeLayer::bytes).sum()
+    }
+
+    /// Bytes of the first `per_layer` experts of every layer.
+    pub fn resident_bytes(&self, per_layer: u16) -> u64 {
+        let config = &self.model.config;
+        let expert = self.model.format.expert_bytes(config.hidden, config.moe.inter) as u64;
+        (config.moe_layers().count() * config.moe.experts.min(per_layer.into())) as u64 * expert
     }
 
     /// Bytes of all experts of the model.
     pub fn all_bytes(&self) -> u64 {
-        let config = &self.model.config;
-        let expert = self.model.format.expert_bytes(config.hidden, config.moe.inter) as u64;
-        (config.moe_layers().count() * config.moe.experts) as u64 * expert
+        self.resident_bytes(u16::MAX)
     }
 
     /// Loads every expert of every layer; `progress` gets bytes done and bytes in all.
@@ -79,57 +109,115 @@ impl Home {
     /// # Errors
     /// The first expert that cannot be had.
     pub fn load_all(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), HomeError> {
+        self.load_resident(u16::MAX, progress)
+    }
+
+    /// Has the first `per_layer` experts of every layer in memory of their own, whatever the residency: those that
+    /// are there stay, more are loaded, and of more than that the rest is let go of. `progress` gets bytes done and
+    /// bytes in all.
+    ///
+    /// # Errors
+    /// The first expert that cannot be had.
+    pub fn load_resident(
+        &mut self,
+        per_layer: u16,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), HomeError> {
         let layers: Vec<usize> = self.model.config.moe_layers().collect();
-        let (experts, all) = (self.model.config.moe.experts as u16, self.all_bytes());
+        let all = self.resident_bytes(per_layer);
+        // Configs with more experts than fit are refused when they are read.
+        let experts = u16::try_from(self.model.config.moe.experts).unwrap_or(u16::MAX).min(per_layer);
         for (done, layer) in layers.iter().enumerate() {
-            self.load(*layer, 0..experts)?;
+            self.make_resident(*layer, experts)?;
             progress(all * (done as u64 + 1) / layers.len() as u64, all);
         }
         Ok(())
     }
 
-    /// How fast this process computes its experts (`kernel::measure`), on those of the first layer that is loaded in
-    /// full; zeros where none is.
+    fn make_resident(&mut self, layer: usize, experts: u16) -> Result<(), HomeError> {
+        let HomeLayer { whole, resident, .. } = &mut self.layers[layer];
+        if experts < *resident {
+            // They share allocations, which end with the last of them: what stays is read again.
+            whole.packed.retain(|expert, _| *expert >= *resident);
+            *resident = 0;
+        }
+        let is_resident = |expert: &u16| {
+            *expert < *resident || self.residency == Residency::Resident && whole.packed.contains_key(expert)
+        };
+        let missing: BTreeSet<u16> = (0..experts).filter(|expert| !is_resident(expert)).collect();
+        let new = copied(&self.model, layer, whole_of(&self.model), &missing)?;
+        let HomeLayer { whole, resident, .. } = &mut self.layers[layer];
+        *resident = experts;
+        whole.packed.extend(new);
+        whole.take_over(&self.model, &*self.kernels, layer)
+    }
+
+    /// How fast this process computes its experts (`kernel::measure`), on those of the first layer that are resident;
+    /// zeros where none is.
     ///
     /// # Errors
     /// What the kernel refuses.
     pub fn weight_mb_s(&self) -> Result<[u32; measure::ROWS.len()], KernelError> {
         let config = &self.model.config;
-        let full =
-            self.layers.iter().find(|layer| layer.held.len() == config.moe.experts && layer.loaded.is_some());
-        let Some(runs) = full.and_then(|layer| layer.loaded.as_deref()) else {
+        let resident = self.layers.iter().find(|layer| layer.resident > 0);
+        let Some((layer, runs)) = resident.and_then(|layer| Some((layer, layer.whole.runs.as_deref()?)))
+        else {
             return Ok([0; measure::ROWS.len()]);
         };
         measure::weight_mb_s(&Sample {
             runs,
-            experts: config.moe.experts as u16,
+            experts: layer.resident,
             format: self.model.format,
             hidden: config.hidden,
             expert_bytes: self.model.format.expert_bytes(config.hidden, config.moe.inter) as u64,
         })
     }
 
-    /// Makes sure that these experts of a layer are loaded.
-    pub fn load(&mut self, layer: usize, experts: impl Iterator<Item = u16>) -> Result<(), HomeError> {
+    /// What computes these experts of a layer, or these blocks of theirs: as far as they are not held, they are loaded
+    /// now.
+    fn ready(
+        &mut self,
+        layer: usize,
+        part: (u16, u16),
+        experts: impl Iterator<Item = u16> + Clone,
+    ) -> Result<Arc<dyn LayerExperts>, HomeError> {
+        let (model, kernels) = (&*self.model, &*self.kernels);
+        let is_whole = part == whole_of(model);
+        let home = &self.layers[layer];
+        let held = if is_whole { Some(&home.whole) } else { home.slices.get(&part) };
+        if let Some(Held { packed, runs: Some(runs) }) = held
+            && experts.clone().all(|expert| packed.contains_key(&expert))
+        {
+            return Ok(Arc::clone(runs));
+        }
+        let room = self.slices_bytes_max.saturating_sub(self.slices_bytes());
         let home = &mut self.layers[layer];
-        if home.held.len() == self.model.config.moe.experts {
-            return Ok(());
+        let held = if is_whole { &mut home.whole } else { home.slices.entry(part).or_default() };
+        let wanted: BTreeSet<u16> = experts.collect();
+        let missing: BTreeSet<u16> =
+            wanted.iter().copied().filter(|expert| !held.packed.contains_key(expert)).collect();
+        if is_whole && self.residency == Residency::Mapped {
+            for expert in &missing {
+                held.packed.insert(*expert, model.expert(layer, usize::from(*expert))?);
+            }
+        } else {
+            let new = copied(model, layer, part, &missing)?;
+            let bytes: u64 = new.iter().map(|(_, expert)| expert.bytes.len() as u64).sum();
+            if !is_whole && bytes > room {
+                let mut once = new;
+                let kept = held.packed.iter().filter(|(expert, _)| wanted.contains(expert));
+                once.extend(kept.map(|(index, expert)| (*index, expert.clone())));
+                return Ok(kernels.experts(once, model.step_log2(layer))?);
+            }
+            held.packed.extend(new);
         }
-        let missing: BTreeSet<u16> = experts.filter(|expert| !home.held.contains(expert)).collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        let mut new = Vec::with_capacity(missing.len());
-        for expert in &missing {
-            new.push((*expert, self.model.expert(layer, usize::from(*expert))?));
-        }
-        if self.residency == Residency::Resident {
-            gather(&mut new);
-        }
-        home.packed.extend(new);
-        home.loaded = Some(self.kernels.experts(home.packed.clone(), self.model.step_log2(layer))?);
-        home.held.extend(missing);
-        Ok(())
+        held.take_over(model, kernels, layer)?;
+        held.runs.clone().ok_or_else(|| OpenError(format!("layer {layer} has no experts")).into())
+    }
+
+    fn slices_bytes(&self) -> u64 {
+        let held = self.layers.iter().flat_map(|layer| layer.slices.values());
+        held.flat_map(|held| held.packed.values()).map(|expert| expert.bytes.len() as u64).sum()
     }
 
     /// Adds the output of these assignments to `sums` (`[rows, hidden]`, multiples of the layer's step).
@@ -140,11 +228,25 @@ impl Home {
         assignments: &[Assignment],
         sums: &mut [i64],
     ) -> Result<(), HomeError> {
+        self.add_slice(layer, whole_of(&self.model), (x, assignments), sums)
+    }
+
+    /// Adds what blocks `from..to` of these assignments' experts contribute to `sums`: over blocks that cover an expert,
+    /// exactly what `add` adds for all of it.
+    ///
+    /// # Errors
+    /// Blocks that the model's experts do not have; what cannot be loaded or computed.
+    pub fn add_slice(
+        &mut self,
+        layer: usize,
+        blocks: (u16, u16),
+        (x, assignments): (Activations<'_>, &[Assignment]),
+        sums: &mut [i64],
+    ) -> Result<(), HomeError> {
         if assignments.is_empty() {
             return Ok(());
         }
-        self.load(layer, assignments.iter().map(|assignment| assignment.expert))?;
-        let Some(experts) = &self.layers[layer].loaded else { return Ok(()) };
+        let experts = self.ready(layer, blocks, assignments.iter().map(|assignment| assignment.expert))?;
         experts.run(x, assignments, &mut self.partial)?;
         let hidden = x.inputs();
         for (row, partial) in self.partial.sums.chunks_exact(hidden).enumerate() {
@@ -165,3 +267,37 @@ impl Home {
         Ok(())
     }
 }
+
+impl Held {
+    fn take_over(&mut self, model: &Model, kernels: &dyn Kernels, layer: usize) -> Result<(), HomeError> {
+        let experts = self.packed.iter().map(|(index, expert)| (*index, expert.clone())).collect();
+        self.runs = Some(kernels.experts(experts, model.step_log2(layer))?);
+        Ok(())
+    }
+}
+
+/// All blocks of the model's experts.
+fn whole_of(model: &Model) -> (u16, u16) {
+    // Configs whose experts are wider are refused when they are read.
+    (0, u16::try_from(blocks(model.config.moe.inter)).unwrap_or(u16::MAX))
+}
+
+/// These blocks of these experts, in memory of their own.
+fn copied(
+    model: &Model,
+    layer: usize,
+    part: (u16, u16),
+    experts: &BTreeSet<u16>,
+) -> Result<Vec<(u16, PackedExpert)>, HomeError> {
+    let absent = || {
+        OpenError(format!("{} has no blocks {}..{} of experts in layer {layer}", model.name, part.0, part.1))
+    };
+    let width = slice_width(model.config.moe.inter, part).ok_or_else(absent)?;
+    let number = u16::try_from(layer).map_err(|_| absent())?;
+    let wanted: Vec<(u16, usize)> = experts.iter().map(|expert| (*expert, width)).collect();
+    let write = |at: usize, out: &mut [u8]| model.write_slice((number, wanted[at].0), part, out);
+    Ok(gather((model.format, model.config.hidden), &wanted, write)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -86,7 +86,8 @@ pub trait Kernels: Send + Sync + Debug {
     /// Takes over a matrix.
     fn linear(&self, matrix: PackedMatrix) -> Result<Box<dyn Linear>, KernelError>;
 
-    /// Takes over experts of one layer, by index. `step_log2` is the layer's combine step.
+    /// Takes over experts of one layer, by index, whole or slices, each of its own width. `step_log2` is the layer's
+    /// combine step.
     fn experts(
         &self,
         experts: Vec<(u16, PackedExpert)>,

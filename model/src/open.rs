@@ -130,6 +130,22 @@ impl Model {
         Ok(PackedExpert { format: self.format, hidden, inter, bytes: self.bytes(name)? })
     }
 
+    /// Writes blocks `from..to` of an expert, packed like an expert of that width (`packed::slice`), to `out`, which has
+    /// their length. Reads, or makes, no other bytes of it.
+    pub fn write_slice(
+        &self,
+        (layer, expert): (u16, u16),
+        (from, to): (u16, u16),
+        out: &mut [u8],
+    ) -> Result<(), OpenError> {
+        let name = TensorName::Expert(layer, expert);
+        let written = match &self.weights {
+            Weights::Packed(_) => self.expert(layer.into(), expert.into())?.write_slice((from, to), out),
+            Weights::Synthetic(made) => made.write_slice(name, (from, to), out),
+        };
+        written.ok_or_else(|| OpenError(format!("{} has no blocks {from}..{to} of {name}", self.name)))
+    }
+
     /// Combine step of a MoE layer, as a power of two. 0 for a layer that has no experts.
     pub fn step_log2(&self, layer: usize) -> i8 {
         match &self.weights {

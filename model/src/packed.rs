@@ -5,9 +5,11 @@
 
 pub mod manifest;
 
+pub mod slice;
+
 use crate::config::{Ffn, ModelConfig, QkNorm};
 use crate::format::Format;
-use crate::region::{Buffer, Bytes};
+use crate::region::Bytes;
 
 /// A tensor of a packed model. Layer numbers count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,7 +81,7 @@ pub struct PackedMatrix {
     pub bytes: Bytes,
 }
 
-/// One expert: `down(silu(gate x) * up x)`.
+/// One expert, or a slice of one (`slice`): `down(silu(gate x) * up x)`.
 ///
 /// Quantized: row blocks of gate and up alternate (gate 0, up 0, gate 1, up 1, ...; `padded_inputs(inter)`
 /// outputs each), so that one pass yields 16 products of both; then the row blocks of down. bf16: gate
@@ -94,28 +96,6 @@ pub struct PackedExpert {
     pub inter: usize,
     /// `format.expert_bytes(hidden, inter)` bytes, 64-byte aligned.
     pub bytes: Bytes,
-}
-
-/// Copies experts into one allocation, each at a multiple of a cache line: huge pages cover all of it but its end,
-/// and experts that are used together are streamed one after the other. The allocation lives as long as one of them.
-pub fn gather(experts: &mut [(u16, PackedExpert)]) {
-    const LINE: usize = 64;
-    let size = |expert: &PackedExpert| expert.bytes.len().next_multiple_of(LINE);
-    let mut arena = Buffer::zeroed(experts.iter().map(|(_, expert)| size(expert)).sum());
-    let mut at = 0;
-    for (_, expert) in experts.iter() {
-        arena[at..at + expert.bytes.len()].copy_from_slice(&expert.bytes);
-        at += size(expert);
-    }
-    let arena = Bytes::from(arena);
-    let mut at = 0;
-    for (_, expert) in experts.iter_mut() {
-        let (start, len) = (at, expert.bytes.len());
-        at += size(expert);
-        if let Some(bytes) = arena.slice(start, len) {
-            expert.bytes = bytes;
-        }
-    }
 }
 
 /// What a tensor is, which with a format gives its bytes.

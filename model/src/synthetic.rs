@@ -17,7 +17,7 @@ mod write;
 use crate::config::ModelConfig;
 use crate::format::{Format, padded_inputs};
 use crate::pack::probe::{self, LayerView};
-use crate::packed::{TensorKind, TensorName, kind};
+use crate::packed::{TensorKind, TensorName, kind, slice};
 use crate::region::{Buffer, Bytes};
 use noise::Stream;
 use scale::{BRANCH_RMS, centre, rms};
@@ -101,6 +101,26 @@ impl Synthetic {
             }
         }
         Some(bytes.into())
+    }
+
+    /// Makes blocks `from..to` of an expert at the beginning of `out`, and nothing else of it: `tensor` cut by
+    /// `packed::slice`. `None` where there are no such blocks or `out` is too short.
+    pub fn write_slice(&self, name: TensorName, blocks: (u16, u16), out: &mut [u8]) -> Option<()> {
+        let TensorKind::Expert { hidden, inter } = kind(&self.config, name)? else { return None };
+        let [gate_up, down] = rms(&self.config, name);
+        let boundary = self.format.matrix_bytes(2 * padded_inputs(inter), hidden);
+        let start = Stream::new(self.spec.seed, &name.to_string());
+        let mut at = 0;
+        for run in slice::runs(self.format, (hidden, inter), blocks)? {
+            let parts =
+                [(run.start..run.end.min(boundary), gate_up), (run.start.max(boundary)..run.end, down)];
+            for (part, rms) in parts.into_iter().filter(|(part, _)| !part.is_empty()) {
+                let len = part.len();
+                start.after(part.start).packed(self.format, out.get_mut(at..at + len)?, rms);
+                at += len;
+            }
+        }
+        Some(())
     }
 }
 

@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::fixture::{EXPERT_BYTES, FakeKernels, FakeSource, key, placement};
+use crate::fixture::{
+    EXPERT_BYTES, FINGERPRINT, FakeKernels, FakeSource, HIDDEN, WIDE, first, key, placement, wide_expert,
+};
 
 struct Setup {
     source: Arc<FakeSource>,
@@ -21,7 +23,7 @@ fn place(setup: &Setup, epoch: u64, experts: &[(u16, u16)]) -> Result<u64, Place
     setup.shard.place(&placement(epoch, experts.iter().copied()), &mut |_, _| {})
 }
 
-fn reads(setup: &Setup) -> Vec<ExpertKey> {
+fn reads(setup: &Setup) -> Vec<Slice> {
     std::mem::take(&mut setup.source.reads.lock().unwrap())
 }
 
@@ -29,9 +31,9 @@ fn reads(setup: &Setup) -> Vec<ExpertKey> {
 fn two_epochs_are_served_and_what_they_share_is_read_once() {
     let setup = setup(100);
     assert_eq!(place(&setup, 4, &[(1, 0), (1, 1), (3, 5)]).unwrap(), 3 * EXPERT_BYTES);
-    assert_eq!(reads(&setup), [key(1, 0), key(1, 1), key(3, 5)]);
+    assert_eq!(reads(&setup), [first(1, 0), first(1, 1), first(3, 5)]);
     assert_eq!(place(&setup, 5, &[(1, 1), (1, 2), (3, 5)]).unwrap(), 4 * EXPERT_BYTES);
-    assert_eq!(reads(&setup), [key(1, 2)]);
+    assert_eq!(reads(&setup), [first(1, 2)]);
     assert_eq!(
         setup.kernels.layers.load(Ordering::Relaxed),
         3,
@@ -56,9 +58,9 @@ fn weights_are_those_of_the_expert_at_aligned_places() {
     let setup = setup(100);
     place(&setup, 1, &[(1, 0), (1, 7), (3, 2)]).unwrap();
     place(&setup, 2, &[(1, 3), (1, 7), (3, 2)]).unwrap();
-    for (found, packed) in setup.shard.lock().iter().flat_map(|epoch| epoch.experts()) {
-        let value = (10 * found.layer + found.expert) as u8;
-        assert!(packed.bytes.iter().all(|byte| *byte == value), "{found:?}");
+    for Piece { slice, packed } in setup.shard.lock().iter().flat_map(|epoch| epoch.pieces()) {
+        let value = (10 * slice.key.layer + slice.key.expert) as u8;
+        assert!(packed.bytes.iter().all(|byte| *byte == value), "{slice:?}");
         assert_eq!(packed.bytes.len() as u64, EXPERT_BYTES);
         assert_eq!(packed.bytes.as_ptr().addr() % 64, 0);
     }
@@ -107,7 +109,11 @@ fn without_memory_for_both_the_old_placement_makes_room() {
     assert_eq!(place(&setup, 2, &[(1, 1), (1, 2)]).unwrap(), 3 * EXPERT_BYTES);
     assert!(setup.shard.layer(1, 1, [0]).is_ok(), "three fit, so both are held");
     assert_eq!(place(&setup, 3, &[(1, 2), (3, 0), (3, 1)]).unwrap(), 3 * EXPERT_BYTES);
-    assert_eq!(reads(&setup), [key(1, 2), key(3, 0), key(3, 1)], "what is shared is taken over nevertheless");
+    assert_eq!(
+        reads(&setup),
+        [first(1, 2), first(3, 0), first(3, 1)],
+        "what is shared is taken over nevertheless"
+    );
     assert!(setup.shard.layer(2, 1, [1]).is_err() && setup.shard.layer(3, 1, [2]).is_ok());
 }
 
@@ -155,4 +161,131 @@ fn progress_counts_experts() {
     };
     setup.shard.place(&all, &mut progress).unwrap();
     assert_eq!((last, seen.into_inner()), (3, 2));
+}
+
+fn sliced(epoch: u64, slices: &[(u16, u16, u16, u16)]) -> Placement {
+    let slice = |(layer, expert, from, to)| Slice { key: key(layer, expert), from, to };
+    Placement { epoch, model: FINGERPRINT, experts: slices.iter().copied().map(slice).collect() }
+}
+
+/// Bytes of so many values of a wide expert.
+fn bytes(inter: usize) -> u64 {
+    Format::Q8.expert_bytes(HIDDEN, inter) as u64
+}
+
+fn wide_setup(memory: u64) -> Setup {
+    let source = Arc::new(FakeSource { wide: true, ..FakeSource::default() });
+    let kernels = Arc::new(FakeKernels::default());
+    let shard = Shard::new(Arc::clone(&source) as _, Arc::clone(&kernels) as _, memory);
+    Setup { source, kernels, shard }
+}
+
+/// What the newest epoch holds is what it should be, to the byte.
+fn assert_pieces(setup: &Setup) {
+    for Piece { slice, packed } in setup.shard.lock().last().unwrap().pieces() {
+        let want = wide_expert(slice.key).slice(slice.from, slice.to).unwrap();
+        assert_eq!((packed.inter, packed.bytes.len()), (want.inter, want.bytes.len()));
+        assert!(*packed.bytes == *want.bytes, "{slice:?}");
+    }
+}
+
+#[test]
+fn slices_are_read_shared_cut_and_counted() {
+    let setup = wide_setup(u64::MAX);
+    let place = |epoch, slices: &[_]| setup.shard.place(&sliced(epoch, slices), &mut |_, _| {}).unwrap();
+    let start = [(1, 0, 0, 3), (1, 1, 1, 3), (1, 2, 0, 1), (3, 4, 2, 3)];
+    let first = bytes(WIDE) + bytes(172) + bytes(128) + bytes(44);
+    assert_eq!(place(1, &start), first);
+    assert_eq!(reads(&setup).len(), 4);
+    assert_pieces(&setup);
+    // Equal ones are shared, parts of what is held are cut, anything else is read.
+    let next = [(1, 0, 1, 2), (1, 1, 1, 3), (1, 2, 0, 2), (3, 4, 2, 3)];
+    assert_eq!(place(2, &next), first + bytes(128) + bytes(256));
+    assert_eq!(reads(&setup), [Slice { key: key(1, 2), from: 0, to: 2 }]);
+    assert_pieces(&setup);
+    assert_eq!(setup.kernels.layers.load(Ordering::Relaxed), 3, "layer 3 is the same");
+    // Only the newest epoch and the one before it count.
+    assert_eq!(place(3, &next[..1]), bytes(128) + bytes(172) + bytes(256) + bytes(44));
+    assert_eq!(reads(&setup), []);
+    // The same keys with other blocks are another placement, also under the same epoch.
+    assert_eq!(place(3, &[(1, 0, 1, 2)]), bytes(128) + bytes(172) + bytes(256) + bytes(44));
+    assert_eq!(place(3, &[(1, 0, 0, 2)]), bytes(256));
+    assert_pieces(&setup);
+}
+
+#[test]
+fn memory_counts_the_bytes_of_slices() {
+    // Two thirds of an expert, where no whole one fits.
+    let memory = bytes(256);
+    let setup = wide_setup(memory);
+    let place = |epoch, slices: &[_]| setup.shard.place(&sliced(epoch, slices), &mut |_, _| {});
+    assert!(
+        matches!(place(1, &[(1, 0, 0, 3)]), Err(PlaceError::Memory { needed, .. }) if needed == bytes(300))
+    );
+    assert_eq!(place(1, &[(1, 0, 0, 2)]).unwrap(), memory);
+    assert_eq!(place(2, &[(1, 0, 1, 3)]).unwrap(), bytes(172), "no room for both");
+    assert!(setup.shard.layer(1, 1, [0]).is_err() && setup.shard.layer(2, 1, [0]).is_ok());
+    reads(&setup);
+    // Cut only where what is cut from may stay: else it is read, so that both are never in memory.
+    assert_eq!(place(3, &[(1, 0, 1, 2), (1, 1, 2, 3)]).unwrap(), bytes(128) + bytes(44));
+    assert_eq!(reads(&setup).len(), 2);
+    assert_pieces(&setup);
+    assert_eq!(place(4, &[(1, 1, 2, 3)]).unwrap(), bytes(128) + bytes(44));
+    assert_eq!(reads(&setup), []);
+}
+
+#[test]
+fn blocks_that_the_model_has_not_are_refused_before_anything_is_let_go() {
+    let setup = wide_setup(u64::MAX);
+    let place = |epoch, slices: &[_]| setup.shard.place(&sliced(epoch, slices), &mut |_, _| {});
+    place(1, &[(1, 0, 0, 3)]).unwrap();
+    for bad in [(1, 0, 0, 4), (1, 0, 3, 3), (1, 0, 2, 1), (1, 8, 0, 1), (2, 0, 0, 1), (1, 0, 0, u16::MAX)] {
+        let error = place(2, &[bad]).unwrap_err();
+        assert!(matches!(error, PlaceError::Unknown(_)), "{error}");
+    }
+    assert!(setup.shard.layer(1, 1, [0]).is_ok());
+}
+
+/// Slices over two shards against the whole in one, with real kernels.
+#[test]
+fn shards_of_slices_add_up_to_the_whole() {
+    use model::activations::Activations;
+    use model::kernel::native::{Native, NativeConfig};
+    use model::kernel::{Assignment, PartialSums};
+
+    let shard = |slices: &[_]| {
+        let source = Arc::new(FakeSource { wide: true, ..FakeSource::default() });
+        let kernels = Arc::new(Native::new(NativeConfig::threads(1)).unwrap());
+        let shard = Shard::new(source, kernels, u64::MAX);
+        shard.place(&sliced(1, slices), &mut |_, _| {}).unwrap();
+        shard
+    };
+    let mut rows = model::region::Buffer::zeroed(2 * 64);
+    for (at, row) in rows.chunks_exact_mut(64).enumerate() {
+        row[..HIDDEN].iter_mut().enumerate().for_each(|(i, value)| *value = (i * 5 + at * 40) as u8 & 0x7f);
+        row[HIDDEN..HIDDEN + 4].copy_from_slice(&0.001_f32.to_le_bytes());
+    }
+    let x = Activations::new(Format::Q8, 2, HIDDEN, &rows).unwrap();
+    let run = |shard: &Shard, assignments: &[Assignment]| {
+        let experts = assignments.iter().map(|a| a.expert);
+        let (runs, mut sums) = (shard.layer(1, 1, experts).unwrap(), PartialSums::default());
+        runs.run(x, assignments, &mut sums).unwrap();
+        assert!(!sums.overflowed.contains(&true));
+        sums.sums
+    };
+    let of = |row, expert| Assignment { row, expert, weight: 0.5 };
+    let all = [of(0, 0), of(1, 0), of(1, 5)];
+    let whole = run(&shard(&[(1, 0, 0, 3), (1, 5, 0, 3)]), &all);
+    assert!(whole.iter().any(|sum| *sum != 0));
+    // Expert 0 in three parts, expert 5 in two, of different widths within a shard.
+    let shards = [
+        (shard(&[(1, 0, 0, 1), (1, 5, 0, 2)]), &all[..]),
+        (shard(&[(1, 0, 1, 2), (1, 5, 2, 3)]), &all[..]),
+        (shard(&[(1, 0, 2, 3)]), &all[..2]),
+    ];
+    let mut sums = vec![0; whole.len()];
+    for (shard, assignments) in &shards {
+        sums.iter_mut().zip(run(shard, assignments)).for_each(|(sum, part)| *sum += part);
+    }
+    assert_eq!(sums, whole);
 }

@@ -1,7 +1,7 @@
 //! The router's side: a thread that keeps the nodes connected and carries calls for the compute thread.
 //!
 //! The compute thread is synchronous. It reads the routes (one short read lock), asks for a budget, hands calls to
-//! `send` and waits for each `PendingCall`. A current-thread tokio runtime accepts connections, runs one task per
+//! `send` and waits for any `PendingCall`. A current-thread tokio runtime accepts connections, runs one task per
 //! lane, and drives the cluster's pure logic: whatever happens is fed to `Cluster::handle`, and its actions are
 //! carried out. Nothing else decides about placement or trust.
 //!
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::cluster::{self, Action, Cluster, Event, NodeState, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::health::Budget;
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
 use mesh_wire::call::OutgoingCall;
@@ -254,10 +255,14 @@ impl Hub {
     }
 
     /// How long a call with this many assignments may take at this node now, given what is already out to it.
-    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Duration {
-        let seat = self.shared.seats.get(usize::from(node));
-        let out = seat.map_or(0, |seat| seat.tally.outstanding());
+    pub fn budget(&self, node: NodeIndex, assignments: u32) -> Budget {
+        let out = self.outstanding(node);
         self.shared.cluster().budget(node, assignments.saturating_add(out))
+    }
+
+    /// Assignments that are out to this node.
+    pub fn outstanding(&self, node: NodeIndex) -> u32 {
+        self.shared.seats.get(usize::from(node)).map_or(0, |seat| seat.tally.outstanding())
     }
 
     /// Hands a call over; its budget (`CallHead::budget_us`) runs from now. A decode call has left the machine when

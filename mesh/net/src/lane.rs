@@ -31,7 +31,8 @@ use crate::tally::{Feed, Tally};
 /// sends should compute elsewhere.
 const QUEUE_CALLS_MAX: usize = 64;
 
-/// Replies nobody asked for that are dropped while waiting for the right one; a node that sends more is not sane.
+/// Replies that nobody waits for, which a lane drops before it calls the node malformed. A correct node sends none: a
+/// call that is given up takes its stream with it, so what it answers too late goes nowhere.
 const STALE_REPLIES_MAX: u32 = 8;
 
 /// Which lanes a call takes.
@@ -176,6 +177,8 @@ pub(crate) struct Worker {
     pub(crate) tally: Arc<Tally>,
     pub(crate) pool: Pool,
     pub(crate) feed: Arc<dyn Feed>,
+    /// Replies nobody waited for, since the node was last called malformed for them.
+    pub(crate) stale: u32,
 }
 
 /// How a call ended for its lane.
@@ -205,7 +208,8 @@ enum Failure {
 impl From<ReadFrameError> for Failure {
     fn from(error: ReadFrameError) -> Failure {
         match error {
-            ReadFrameError::Stream(_) => Failure::Broken,
+            // A process that ends closes its streams wherever they are.
+            ReadFrameError::Stream(_) | ReadFrameError::Truncated => Failure::Broken,
             ReadFrameError::Frame(error @ FrameError::PoolExhausted(_)) => Failure::NoRoom(error),
             error => Failure::Unusable(error.to_string()),
         }
@@ -220,7 +224,7 @@ impl From<FrameError> for Failure {
 
 impl Worker {
     /// Carries calls until the connection is gone or the queue closed.
-    pub(crate) async fn run(self) {
+    pub(crate) async fn run(mut self) {
         let mut streams: Option<(SendStream, RecvStream)> = None;
         while let Some(mut job) = self.queue.next().await {
             if job.slot.is_closed() {
@@ -251,7 +255,7 @@ impl Worker {
         }
     }
 
-    async fn exchange(&self, send: &mut SendStream, recv: &mut RecvStream, job: &mut Job) -> End {
+    async fn exchange(&mut self, send: &mut SendStream, recv: &mut RecvStream, job: &mut Job) -> End {
         let slot = Arc::clone(&job.slot);
         let Some(frame) = job.frame.take() else { return End::Keep };
         self.tally.update(|counters| {
@@ -281,9 +285,10 @@ impl Worker {
         }
     }
 
-    /// The answer to this call; others are dropped.
-    async fn answer(&self, recv: &mut RecvStream, slot: &Slot) -> Result<Answer, Failure> {
-        let mut stale = 0;
+    /// The answer to this call; others are dropped. Checked are the frame, the call it belongs to, and the shape. Sums
+    /// are integers, so none can be not finite; the rows that were sent are quantized from values that the decoder has
+    /// checked (`DecodeError::NotFinite`).
+    async fn answer(&mut self, recv: &mut RecvStream, slot: &Slot) -> Result<Answer, Failure> {
         loop {
             let frame = read_frame(recv, &self.pool, &[Op::Reply, Op::CallRefused]).await?;
             let Some(frame) = frame else { return Err(Failure::Broken) };
@@ -307,8 +312,9 @@ impl Worker {
                 return Ok(answer);
             }
             self.tally.update(|counters| counters.stale += 1);
-            stale += 1;
-            if stale > STALE_REPLIES_MAX {
+            self.stale += 1;
+            if self.stale > STALE_REPLIES_MAX {
+                let stale = std::mem::take(&mut self.stale);
                 return Err(Failure::Unusable(format!("{stale} replies to calls that nobody made")));
             }
         }
@@ -335,8 +341,8 @@ impl Worker {
             Answer::Refused(CallRefused { refusal, detail, .. }) => {
                 self.tally.update(|counters| counters.refused += 1);
                 slot.complete(Err(CallError::Refused { refusal, detail }));
-                // The first two happen to a healthy node when plans change or it stops.
-                if !matches!(refusal, Refusal::UnknownEpoch | Refusal::Stopping) {
+                // These happen to a healthy node when plans change, when it stops, and when there is much to do.
+                if !matches!(refusal, Refusal::UnknownEpoch | Refusal::Stopping | Refusal::Busy) {
                     self.feed.feed(Event::Missed(self.node));
                 }
             }
@@ -364,7 +370,7 @@ impl Worker {
                 tracing::warn!(node = self.node, reason, "a node's reply was refused");
                 self.tally.update(|counters| counters.rejected += 1);
                 slot.complete(Err(CallError::Rejected { reason }));
-                self.feed.feed(Event::Missed(self.node));
+                self.feed.feed(Event::Malformed(self.node));
                 End::Replace(LaneReset::Frame)
             }
         }

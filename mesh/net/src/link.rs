@@ -12,7 +12,7 @@ use mesh_proto::cluster::Event;
 use mesh_proto::routes::NodeIndex;
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::control::Hello;
-use mesh_wire::frame::Op;
+use mesh_wire::frame::{FrameError, Op};
 use mesh_wire::message::Message;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::mpsc;
@@ -21,7 +21,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::endpoint::Close;
 use crate::lane::{Lane, Queue, Worker};
-use crate::stream::{read_frame, write_frame};
+use crate::stream::{ReadFrameError, read_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
 /// Time a connected node has to introduce itself.
@@ -147,18 +147,25 @@ impl Session {
             tally: Arc::clone(&self.tally),
             pool: self.pool.clone(),
             feed: Arc::clone(&self.feed),
+            stale: 0,
         }
     }
 }
 
-/// Reads what the node says until there is no more.
+/// Reads what the node says until there is no more. What no correct node says is told to the cluster's logic.
 async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn Feed) -> String {
     let mut last_health: Option<Instant> = None;
     loop {
         let frame = match read_frame(recv, pool, &[Op::Placed, Op::Health, Op::Goodbye]).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return "it closed its control stream".to_owned(),
-            Err(error) => return format!("its control stream broke: {error}"),
+            Err(error) => {
+                if matches!(&error, ReadFrameError::Frame(error) if !matches!(error, FrameError::PoolExhausted(_)))
+                {
+                    feed.feed(Event::Malformed(node));
+                }
+                return format!("its control stream broke: {error}");
+            }
         };
         match Message::decode(&frame) {
             Ok(Message::Placed(placed)) => feed.feed(Event::Placed(node, placed)),
@@ -169,8 +176,14 @@ async fn listen(node: NodeIndex, recv: &mut RecvStream, pool: &Pool, feed: &dyn 
                 }
             }
             Ok(Message::Goodbye(goodbye)) => return format!("it said goodbye: {}", goodbye.reason),
-            Ok(_) => return "it said what only a router says".to_owned(),
-            Err(error) => return format!("a message of its was refused: {error}"),
+            Ok(_) => {
+                feed.feed(Event::Malformed(node));
+                return "it said what only a router says".to_owned();
+            }
+            Err(error) => {
+                feed.feed(Event::Malformed(node));
+                return format!("a message of its was refused: {error}");
+            }
         }
     }
 }

@@ -3,12 +3,14 @@
 //! The compute thread is not async: it hands calls over, does its own share of the work, and then waits until the
 //! answers are there. Each call has a slot that is completed exactly once, by whichever comes first: the reply, its
 //! budget, the loss of the connection, or its queue being full. While it waits for a decode call the thread drives
-//! the network itself (`helm`); else, and where another thread does that already, it sleeps until the slot is full.
+//! the network itself (`helm`); else, and where another thread does that already, it sleeps until a slot is full.
+//! It may wait for any of several calls, and for a time at which it wants to do something about those that are late.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use mesh_wire::call::OutgoingCall;
@@ -66,7 +68,7 @@ struct Inner {
     /// Who is to be woken: the thread that drives while it waits,
     waker: Option<Waker>,
     /// or the one that sleeps.
-    sleeps: bool,
+    sleeper: Option<Thread>,
 }
 
 /// What network thread and waiting thread share about a call.
@@ -80,7 +82,6 @@ pub(crate) struct Slot {
     pub(crate) deadline: Instant,
     inner: Mutex<Inner>,
     done: AtomicBool,
-    wake: Condvar,
     /// Told when the waiting side gives up.
     pub(crate) abandoned: Notify,
 }
@@ -95,9 +96,8 @@ impl Slot {
             assignments: call.assignments(),
             sent: now,
             deadline: now + Duration::from_micros(u64::from(head.budget_us)),
-            inner: Mutex::new(Inner { state: State::Open, waker: None, sleeps: false }),
+            inner: Mutex::new(Inner { state: State::Open, waker: None, sleeper: None }),
             done: AtomicBool::new(false),
-            wake: Condvar::new(),
             abandoned: Notify::new(),
         })
     }
@@ -119,16 +119,26 @@ impl Slot {
         }
         inner.state = State::Done(outcome);
         self.done.store(true, Ordering::Release);
-        let (waker, sleeps) = (inner.waker.take(), inner.sleeps);
+        let (waker, sleeper) = (inner.waker.take(), inner.sleeper.take());
         drop(inner);
         if let Some(waker) = waker {
             waker.wake();
         }
-        // A system call, whether or not somebody sleeps.
-        if sleeps {
-            self.wake.notify_one();
+        if let Some(sleeper) = sleeper {
+            sleeper.unpark();
         }
         true
+    }
+
+    /// Has this thread unparked once there is an outcome.
+    fn wake_by_unparking(&self, thread: &Thread) {
+        let mut inner = self.inner();
+        if matches!(inner.state, State::Open) {
+            inner.sleeper = Some(thread.clone());
+        } else {
+            drop(inner);
+            thread.unpark();
+        }
     }
 
     /// Ready once there is an outcome.
@@ -173,25 +183,53 @@ impl PendingCall {
     /// # Errors
     /// Why there is none.
     pub fn wait(self) -> Outcome {
-        if let Some(helm) = self.helm.as_deref().filter(|_| !self.is_done()) {
-            // A timer can be had only within the runtime. However it ends, what follows looks at the slot again.
-            let done = poll_fn(|context| self.slot.poll_done(context));
-            let _steered = helm.steer(async { timeout_at(self.slot.deadline.into(), done).await });
-        }
+        wait_any(std::iter::once(&self), self.slot.deadline);
+        self.finish()
+    }
+
+    /// The outcome; `Late` where there is none yet. If the node has the call already, it is held to the budget all the
+    /// same: what it answers within is counted as answered, and what it does not as late.
+    ///
+    /// # Errors
+    /// Why there is no reply.
+    pub fn finish(self) -> Outcome {
         let mut inner = self.slot.inner();
-        while matches!(inner.state, State::Open) {
-            let left = self.slot.deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            inner.sleeps = true;
-            let woken = self.slot.wake.wait_timeout(inner, left);
-            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
-        }
         match std::mem::replace(&mut inner.state, State::Closed) {
             State::Done(outcome) => outcome,
             State::Open | State::Closed => Err(CallError::Late),
         }
+    }
+}
+
+/// Waits until one of the calls is done (`PendingCall::is_done`), at most until `until`; false if none is. Drives the
+/// network meanwhile, if one of them is a decode call.
+pub fn wait_any<'a>(calls: impl Iterator<Item = &'a PendingCall> + Clone, until: Instant) -> bool {
+    let done = || calls.clone().any(PendingCall::is_done);
+    if done() {
+        return true;
+    }
+    // A lane that is busy with another call completes this one later than it is over.
+    let until = calls.clone().map(|call| call.slot.deadline).fold(until, Instant::min);
+    if let Some(helm) = calls.clone().find_map(|call| call.helm.as_deref()) {
+        let any = poll_fn(|context| {
+            let mut all = calls.clone().map(|call| call.slot.poll_done(context));
+            if all.any(|done| done.is_ready()) { Poll::Ready(()) } else { Poll::Pending }
+        });
+        // A timer can be had only within the runtime. However it ends, what follows looks at the slots again.
+        let _steered = helm.steer(async { timeout_at(until.into(), any).await });
+    }
+    let thread = std::thread::current();
+    loop {
+        if done() {
+            return true;
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return done();
+        }
+        calls.clone().for_each(|call| call.slot.wake_by_unparking(&thread));
+        // Returns at once where a call was completed since.
+        std::thread::park_timeout(left);
     }
 }
 

@@ -529,6 +529,9 @@ impl Cluster {
         drop(link);
         let Some(pause) = entry.flaps.lost(now) else { return };
         entry.barred = true;
+        if entry.is_quarantined() {
+            return;
+        }
         let note =
             format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
         self.report(node, note, actions);

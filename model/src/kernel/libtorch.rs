@@ -128,8 +128,9 @@ impl Kernels for Libtorch {
         experts: Vec<(u16, PackedExpert)>,
         step_log2: i8,
     ) -> Result<Arc<dyn LayerExperts>, KernelError> {
-        let first = experts.first().map(|(_, e)| (e.format, e.hidden, e.inter));
-        let (format, hidden, inter) = first.unwrap_or((Format::Q8, 0, 0));
+        let first = experts.first().map(|(_, e)| (e.format, e.hidden));
+        let (format, hidden) = first.unwrap_or((Format::Q8, 0));
+        let inter = experts.iter().map(|(_, expert)| expert.inter).max().unwrap_or(0);
         let mut held: Vec<Option<Mutex<TorchExpert>>> = Vec::new();
         for (index, expert) in experts {
             if expert.format != format || expert.hidden != hidden {

@@ -28,7 +28,7 @@ const BELIEVED: Duration = Duration::from_millis(1);
 /// Loaded experts to measure on.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample<'a> {
-    /// Experts 0 to `experts` of some layer.
+    /// Experts 0 to `experts` of some layer, whole or slices of equal width.
     pub runs: &'a dyn LayerExperts,
     /// How many; at least 1.
     pub experts: u16,

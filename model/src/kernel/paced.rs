@@ -94,7 +94,12 @@ impl Kernels for Paced {
         experts: Vec<(u16, PackedExpert)>,
         step_log2: i8,
     ) -> Result<Arc<dyn LayerExperts>, KernelError> {
-        let bytes = experts.first().map_or(0, |(_, expert)| expert.bytes.len() as u64);
+        let mut bytes = Vec::new();
+        for (index, expert) in &experts {
+            let slot = usize::from(*index);
+            bytes.resize(bytes.len().max(slot + 1), 0);
+            bytes[slot] = expert.bytes.len() as u64;
+        }
         let inner = self.inner.experts(experts, step_log2)?;
         Ok(Arc::new(PacedExperts { inner, bytes, pace: Arc::clone(&self.pace) }))
     }
@@ -120,8 +125,8 @@ impl Linear for PacedLinear {
 #[derive(Debug)]
 struct PacedExperts {
     inner: Arc<dyn LayerExperts>,
-    /// Of one expert; those of a layer are alike.
-    bytes: u64,
+    /// Of each expert, by index: some may be slices.
+    bytes: Vec<u64>,
     pace: Arc<Pace>,
 }
 
@@ -130,7 +135,9 @@ impl PacedExperts {
     fn bytes(&self, assignments: &[Assignment]) -> u64 {
         let mut used = [0_u64; 1 << 10];
         assignments.iter().for_each(|a| used[usize::from(a.expert >> 6)] |= 1 << (a.expert & 63));
-        self.bytes * used.iter().map(|word| u64::from(word.count_ones())).sum::<u64>()
+        let is_used = |index: usize| used[index >> 6] >> (index & 63) & 1 == 1;
+        let used = self.bytes.iter().enumerate().filter(|(index, _)| is_used(*index));
+        used.map(|(_, bytes)| bytes).sum()
     }
 }
 
@@ -188,26 +195,29 @@ mod tests {
         }
     }
 
-    fn experts(bytes: u64, bytes_s: f64) -> PacedExperts {
+    fn experts(bytes: &[u64], bytes_s: f64) -> PacedExperts {
         let pace = Arc::new(Pace { bytes_s, late_ns: AtomicU64::new(0) });
-        PacedExperts { inner: Arc::new(Instant0), bytes, pace }
+        PacedExperts { inner: Arc::new(Instant0), bytes: bytes.to_vec(), pace }
     }
 
     #[test]
     fn an_expert_counts_once_however_many_rows_it_has() {
         let assignment = |row, expert| Assignment { row, expert, weight: 1.0 };
-        let paced = experts(1000, 1e12);
+        // Of different widths: a slice takes the time of its own bytes.
+        let mut bytes = vec![0; 65536];
+        (bytes[1], bytes[2], bytes[70], bytes[65535]) = (1000, 7, 500, 20);
+        let paced = experts(&bytes, 1e12);
         assert_eq!(paced.bytes(&[]), 0);
         assert_eq!(
             paced.bytes(&[assignment(0, 1), assignment(1, 1), assignment(1, 70), assignment(2, 65535)]),
-            3000
+            1520
         );
     }
 
     #[test]
     fn entries_take_the_time_of_the_weights_and_results_pass_through() {
         // Forty calls of two experts, a thousand experts per second: 80 ms, less the last entry's lateness.
-        let paced = experts(1000, 1e6);
+        let paced = experts(&[1000; 4], 1e6);
         let format = crate::format::Format::Bf16;
         let bytes = crate::region::Buffer::zeroed(crate::activations::row_bytes(format, 16));
         let x = Activations::new(format, 1, 16, &bytes).unwrap();

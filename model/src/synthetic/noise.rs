@@ -17,6 +17,9 @@ const I16_RMS: f32 = 18_918.613;
 /// Bits of an f16 scale that vary between groups: up to an eighth of its value.
 const SCALE_NOISE: u16 = 0x7f;
 
+/// Step of the counter: 2^64 over the golden ratio, as in the source.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// Values made at once.
 const BLOCK: usize = 32;
 
@@ -35,9 +38,15 @@ impl Stream {
         Stream(u64::from_le_bytes(start))
     }
 
+    /// The stream where it has made the first `bytes` of `packed`: whole groups, or whole blocks of bf16. Every word
+    /// of those is a step of the counter.
+    pub(super) fn after(&self, bytes: usize) -> Stream {
+        Stream(self.0.wrapping_add(STEP.wrapping_mul((bytes / 8) as u64)))
+    }
+
     #[inline(always)]
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.0 = self.0.wrapping_add(STEP);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -1,6 +1,7 @@
 //! The way of a call: answered, refused, late, cancelled, lost.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use mesh_wire::buffer::Pool;
 use mesh_wire::control::Refusal;
@@ -14,7 +15,7 @@ use super::harness::{
 };
 use crate::endpoint::{Close, LaneReset};
 use crate::hub::{Hub, Lane};
-use crate::pending::CallError;
+use crate::pending::{CallError, wait_any};
 use crate::station::StationError;
 
 /// Short enough to wait for, long enough to be sent first.
@@ -62,6 +63,42 @@ fn a_call_that_is_not_answered_is_late_and_the_next_one_works() {
     // The last miss may still be on its way into the counters; a further late call comes after it.
     let counters = hub.nodes()[0].counters;
     assert!(counters.late >= 2 && counters.answered == 3, "{counters:?}");
+}
+
+#[test]
+fn whoever_waits_for_several_calls_is_woken_by_the_first_that_is_done() {
+    let (hub, _station) = pair();
+    // Decode calls, for which the waiting thread drives the network, and prefill calls, for which it sleeps.
+    for rows in [1, 40] {
+        let calls = [send(&hub, layer::SILENT, rows, LONG_US), send(&hub, layer::ANSWER, rows, LONG_US)];
+        assert!(wait_any(calls.iter(), Instant::now() + LONG));
+        assert!(!calls[0].is_done() && calls[1].is_done());
+        let [silent, answered] = calls;
+        assert!(!wait_any([&silent].into_iter(), Instant::now() + Duration::from_millis(5)), "until then");
+        assert_eq!(answered.finish().unwrap().view().row_count(), rows as usize);
+        assert_eq!(silent.finish().unwrap_err(), CallError::Late);
+    }
+    assert!(!wait_any(std::iter::empty(), Instant::now()));
+    // One of them is over because its own time is.
+    let (long, short) = (send(&hub, layer::SILENT, 1, LONG_US), send(&hub, layer::SILENT, 1, 20_000));
+    assert!(wait_any([&long, &short].into_iter(), Instant::now() + LONG));
+    assert!(!long.is_done() && short.is_done());
+}
+
+#[test]
+fn a_call_that_is_given_up_still_tells_whether_the_node_was_in_time() {
+    let (hub, station) = pair();
+    let pending = send(&hub, layer::PAIR, 1, LONG_US);
+    while station.service.calls.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(pending.finish().unwrap_err(), CallError::Late, "nobody waits for it");
+    send(&hub, layer::PAIR, 1, LONG_US).wait().unwrap();
+    call_and_check(&hub, 1);
+    call_and_check(&hub, 1);
+    // Both lanes have had a call since, so the first answer has been counted.
+    let counters = hub.nodes()[0].counters;
+    assert_eq!((counters.answered, counters.late, counters.cancelled), (4, 0, 0), "{counters:?}");
 }
 
 #[test]
@@ -184,7 +221,7 @@ fn calls_to_a_node_that_is_not_there_fail_at_once() {
     assert_eq!(send(&hub, layer::ANSWER, 1, LONG_US).wait().unwrap_err(), CallError::Gone);
     let call = outgoing(hub.pool(), layer::ANSWER, 1, LONG_US);
     assert_eq!(hub.send(7, Lane::Decode, call).wait().unwrap_err(), CallError::Gone);
-    assert!(!hub.wait_ready(1, std::time::Duration::ZERO));
+    assert!(!hub.wait_ready(1, Duration::ZERO));
 }
 
 #[test]
@@ -390,7 +427,9 @@ fn budgets_count_what_is_already_out() {
     let pool = Pool::new(64 << 20);
     let many: Vec<_> =
         (0..8).map(|_| hub.send(0, Lane::Prefill, outgoing(&pool, layer::ANSWER, 3000, LONG_US))).collect();
-    assert!(hub.budget(0, 2) > idle);
+    let busy = hub.budget(0, 2);
+    assert!(busy.total > idle.total && busy.hedge > idle.hedge, "{idle:?} {busy:?}");
+    assert_eq!(hub.outstanding(0), 8 * 6000);
     drop(raw);
     for pending in many {
         assert_eq!(pending.wait().unwrap_err(), CallError::Gone);
@@ -399,7 +438,7 @@ fn budgets_count_what_is_already_out() {
 
 #[test]
 fn the_link_bench_measures_every_way() {
-    let bench = crate::bench_link::bench_link(50, std::time::Duration::ZERO).unwrap();
+    let bench = crate::bench_link::bench_link(50, Duration::ZERO).unwrap();
     assert_eq!(bench.calls, 50);
     for way in [bench.call, bench.tcp_call, bench.quinn_echo, bench.tcp_echo] {
         assert!(way.p50_us > 0.0 && way.p50_us <= way.p99_us, "{bench:?}");
@@ -411,7 +450,7 @@ fn the_link_bench_measures_every_way() {
 #[ignore = "prints figures; `moemesh bench link` is the real thing"]
 fn link_figures() {
     for spin in [0, 20, 100] {
-        let bench = crate::bench_link::bench_link(4000, std::time::Duration::from_micros(spin)).unwrap();
+        let bench = crate::bench_link::bench_link(4000, Duration::from_micros(spin)).unwrap();
         let all = [bench.call, bench.tcp_call, bench.quinn_echo, bench.tcp_echo];
         let [call, tcp_call, quinn, tcp] = all.map(|way| (way.p50_us, way.p99_us));
         let (l1, l2) = (call.0 / quinn.0, call.0 / tcp.0);

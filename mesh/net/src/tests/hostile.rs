@@ -1,5 +1,9 @@
 //! A node that was admitted and then says anything: every frame ends in an error, and the router goes on.
 
+use std::time::Duration;
+
+use mesh_proto::cluster::NodeState;
+use mesh_wire::call::Call;
 use mesh_wire::control::Health;
 use mesh_wire::frame::{HEADER_BYTES, Op};
 use mesh_wire::message::Message;
@@ -9,13 +13,10 @@ use quinn::ConnectionError;
 use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, send};
 use crate::hub::Hub;
 use crate::pending::CallError;
+use crate::stream::read_frame;
 
 /// Sends `answer(call)` to a call and returns what the router made of it.
-fn answered_with(
-    hub: &Hub,
-    raw: &RawNode,
-    answer: impl FnOnce(&mesh_wire::call::Call) -> Vec<u8>,
-) -> CallError {
+fn answered_with(hub: &Hub, raw: &RawNode, answer: impl FnOnce(&Call) -> Vec<u8>) -> CallError {
     let pending = send(hub, layer::ANSWER, 2, LONG_US);
     let (mut stream, _recv, call) = raw.accept_call();
     raw.write(&mut stream, &answer(&call));
@@ -34,7 +35,7 @@ fn malformed_replies_are_refused_by_name_and_the_node_goes_on() {
     let raw = RawNode::join(&keys, 0, hub.local_addr());
     assert!(hub.wait_ready(1, LONG));
     let pool = &raw.pool;
-    let with_rows = |call: &mesh_wire::call::Call, rows: usize, hidden: u32| {
+    let with_rows = |call: &Call, rows: usize, hidden: u32| {
         let sums = vec![1; hidden as usize];
         let head = ReplyHead { call: call.head().call, service_us: 1, hidden };
         encode_sums(pool, head, &vec![Some(&sums[..]); rows]).unwrap().frame().to_vec()
@@ -68,6 +69,34 @@ fn malformed_replies_are_refused_by_name_and_the_node_goes_on() {
     pending.wait().unwrap();
     let counters = hub.nodes()[0].counters;
     assert_eq!((counters.rejected, counters.answered), (9, 1));
+    assert_eq!(hub.nodes()[0].cluster.state, NodeState::Quarantined, "it gets no more by the routes");
+    assert_eq!(hub.routes().node(0, 0), None);
+}
+
+#[test]
+fn a_reply_that_drips_is_late_however_alive_it_looks() {
+    let keys = keys(1);
+    let hub = hub(&keys);
+    let raw = RawNode::join(&keys, 0, hub.local_addr());
+    assert!(hub.wait_ready(1, LONG));
+    let pending = send(&hub, layer::ANSWER, 2, 300_000);
+    let (mut stream, _recv, call) = raw.accept_call();
+    let reply = reply_to(&raw.pool, &call).frame().to_vec();
+    let drip = raw.runtime.spawn(async move {
+        let mut every = tokio::time::interval(Duration::from_millis(10));
+        for byte in reply {
+            every.tick().await;
+            // Fails once the router has had enough.
+            if stream.write_all(&[byte]).await.is_err() {
+                return true;
+            }
+        }
+        false
+    });
+    assert_eq!(pending.wait().unwrap_err(), CallError::Late);
+    assert!(raw.runtime.block_on(drip).unwrap(), "the reply was read to its end");
+    let counters = hub.nodes()[0].counters;
+    assert_eq!((counters.late, counters.rejected), (1, 0));
 }
 
 #[test]
@@ -96,7 +125,29 @@ fn a_node_that_answers_calls_nobody_made_is_stopped() {
     let invented = encode_sums(&raw.pool, ReplyHead { call: 0, service_us: 1, hidden: 1 }, &[Some(&[1])]);
     let invented = invented.unwrap().frame().to_vec();
     rejected(answered_with(&hub, &raw, |_| invented.repeat(9)), "calls that nobody made");
-    assert_eq!(hub.nodes()[0].counters.stale, 9);
+    let counters = hub.nodes()[0].counters;
+    assert_eq!((counters.stale, counters.rejected), (9, 1));
+    // One after the other it comes to the same, as lanes remember: of four calls on two of them, at least one lane
+    // has carried two, and ten such replies.
+    let (connection, pool) = (raw.connection.clone(), raw.pool.clone());
+    raw.runtime.spawn(async move {
+        while let Ok((mut stream, mut recv)) = connection.accept_bi().await {
+            let (invented, pool) = (invented.repeat(5), pool.clone());
+            tokio::spawn(async move {
+                while let Ok(Some(call)) = read_frame(&mut recv, &pool, &[Op::Call]).await {
+                    let reply = reply_to(&pool, &Call::parse(call).unwrap());
+                    if stream.write_all(&[&invented, reply.frame()].concat()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let outcomes: Vec<_> = (0..4).map(|_| send(&hub, layer::ANSWER, 2, LONG_US).wait()).collect();
+    let refused =
+        outcomes.iter().filter(|outcome| matches!(outcome, Err(CallError::Rejected { .. }))).count();
+    assert!((1..=2).contains(&refused), "{outcomes:?}");
+    assert_eq!(hub.nodes()[0].counters.rejected, 1 + refused as u64);
 }
 
 #[test]
@@ -131,6 +182,9 @@ fn nonsense_on_the_control_stream_ends_the_connection_and_nothing_else() {
     raw.say(&Message::Health(health));
     let heard = |cluster: &mesh_proto::cluster::Cluster| cluster.status(0).unwrap().health == Some(health);
     assert!(hub.wait_until(LONG, heard));
+    // Said more than twice after it had introduced itself.
+    assert_eq!(hub.nodes()[0].cluster.state, NodeState::Quarantined);
+    assert!(hub.nodes()[0].cluster.note.contains("pardon"));
 }
 
 #[test]

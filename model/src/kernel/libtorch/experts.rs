@@ -140,6 +140,7 @@ pub(super) struct TorchExperts {
     pub(super) shop: Arc<Shop>,
     pub(super) format: Format,
     pub(super) hidden: usize,
+    /// Of the widest: some may be slices.
     pub(super) inter: usize,
     /// `2^-step_log2`.
     pub(super) scale: f32,

@@ -10,6 +10,7 @@ mod experts;
 mod products;
 mod refusals;
 mod rows;
+mod slices;
 
 use std::sync::Arc;
 

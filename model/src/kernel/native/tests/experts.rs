@@ -4,13 +4,13 @@
 use super::*;
 
 /// What `run` and `run_wide` must give: wide sums (`None`: NaN), and whether a row is flagged.
-struct Expected {
-    wide: Vec<i64>,
-    broken: Vec<bool>,
-    flagged: Vec<bool>,
+pub(super) struct Expected {
+    pub(super) wide: Vec<i64>,
+    pub(super) broken: Vec<bool>,
+    pub(super) flagged: Vec<bool>,
 }
 
-fn expected(
+pub(super) fn expected(
     experts: &[LogicalExpert],
     xs: &[Vec<f32>],
     assignments: &[Assignment],
@@ -178,62 +178,5 @@ fn sums_do_not_depend_on_batching_nor_on_who_holds_the_experts() {
                 assert_eq!(alone.sums[range.clone()], whole.sums[range]);
             }
         }
-    }
-}
-
-#[test]
-fn an_expert_cut_at_multiples_of_128_adds_up_exactly() {
-    let mut rng = Rng::new(4);
-    for format in Format::ALL {
-        let (hidden, inter, cut) = (96, 320, 128);
-        let whole = LogicalExpert::random(&mut rng, format, (hidden, inter), false);
-        let slice = |range: Range<usize>| LogicalExpert {
-            gate: rows_of(&whole.gate, range.clone()),
-            up: rows_of(&whole.up, range.clone()),
-            down: columns_of(&whole.down, range),
-        };
-        let experts = vec![slice(0..cut), slice(cut..inter)];
-        let xs = vec![activation(&mut rng, hidden, false)];
-        let a = |expert| Assignment { row: 0, expert, weight: 0.3 };
-        let sliced = ExpertCase {
-            format,
-            hidden,
-            experts,
-            xs: xs.clone(),
-            assignments: vec![a(0), a(1)],
-            step_log2: -12,
-        };
-        let whole =
-            ExpertCase { format, hidden, experts: vec![whole], xs, assignments: vec![a(0)], step_log2: -12 };
-        let backend = native(Isa::best(), 1);
-        let got = sliced.run(&*sliced.load(&backend, &[0, 1]), &sliced.assignments);
-        let want = whole.run(&*whole.load(&backend, &[0]), &whole.assignments);
-        assert!(want.sums.iter().any(|v| *v != 0));
-        assert_eq!(got.sums, want.sums);
-    }
-}
-
-fn rows_of(m: &Logical, range: Range<usize>) -> Logical {
-    let groups = m.inputs / GROUP;
-    Logical {
-        format: m.format,
-        outputs: range.len(),
-        inputs: m.inputs,
-        values: m.values[range.start * m.inputs..range.end * m.inputs].to_vec(),
-        scales: m.scales[range.start * groups..range.end * groups].to_vec(),
-        floats: m.floats[range.start * m.inputs..range.end * m.inputs].to_vec(),
-    }
-}
-
-fn columns_of(m: &Logical, range: Range<usize>) -> Logical {
-    let groups = m.inputs / GROUP;
-    let cut = range.start / GROUP..range.end / GROUP;
-    Logical {
-        format: m.format,
-        outputs: m.outputs,
-        inputs: range.len(),
-        values: m.values.chunks(m.inputs).flat_map(|row| row[range.clone()].to_vec()).collect(),
-        scales: m.scales.chunks(groups).flat_map(|row| row[cut.clone()].to_vec()).collect(),
-        floats: m.floats.chunks(m.inputs).flat_map(|row| row[range.clone()].to_vec()).collect(),
     }
 }
