@@ -354,7 +354,7 @@ impl Dispatch {
             call: self.calls,
             step: self.step,
             epoch: self.routes.epoch,
-            budget_us: budget.as_micros().min(u128::from(BUDGET_US_MAX)) as u32,
+            budget_us: budget.total.as_micros().min(u128::from(BUDGET_US_MAX)) as u32,
             layer,
             format: row_format(self.shape.format),
             hidden: hidden(work) as u32,

@@ -18,8 +18,10 @@ use mesh_wire::control::{Health, Hello, Placed, Placement};
 
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Budget, Flaps, Speed, Trust};
-use crate::placement::{Capacity, Plan, plan};
+use crate::machine::{Capacity, Machine};
+use crate::placement::{Plan, Wishes, plan};
 use crate::routes::{NodeIndex, Routes, Table};
+use crate::stored::Stored;
 
 /// Longest wait of a new plan for a connected node that does not answer its placement. A node of a home cluster
 /// reads 20 GB from a slow disk in five minutes; until then the old plan serves, so waiting costs nothing but
@@ -96,12 +98,22 @@ pub struct Policy {
     pub plan_after: Duration,
     /// Whether nodes must compute the bits of the definition.
     pub require_exact: bool,
+    /// How long a plan waits for the link of a node that just joined to be measured.
+    pub measure_within: Duration,
+    /// What plans are to be like.
+    pub wishes: Wishes,
 }
 
-/// Waits for the whole roster, for a minute; exact nodes only.
+/// Waits for the whole roster, for a minute; exact nodes only; one whole copy of each expert.
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { plan_at_nodes: usize::MAX, plan_after: Duration::from_secs(60), require_exact: true }
+        Policy {
+            plan_at_nodes: usize::MAX,
+            plan_after: Duration::from_secs(60),
+            require_exact: true,
+            measure_within: Duration::ZERO,
+            wishes: Wishes::default(),
+        }
     }
 }
 
@@ -183,6 +195,8 @@ pub struct Cluster {
     next: Option<Stage>,
     /// Whether a plan should be made as soon as none is being loaded.
     plan_wanted: bool,
+    /// Whether `current` is an earlier router's: nobody is planned for before those who come back had the time to.
+    restored: bool,
     routes: Arc<Routes>,
 }
 
@@ -220,9 +234,21 @@ struct Link {
     health: Option<Health>,
     trust: Trust,
     speed: Speed,
+    joined: Duration,
     measured: LinkSpeed,
     /// It said that it is going to stop.
     leaving: bool,
+}
+
+impl Link {
+    fn is_measured(&self) -> bool {
+        self.measured != LinkSpeed::default()
+    }
+
+    fn capacity(&self, node: NodeIndex) -> Capacity {
+        let machine = Machine { weight_mb_s: self.hello.weight_mb_s, link: self.measured };
+        Capacity { node, memory_bytes: self.hello.memory_bytes, machine }
+    }
 }
 
 /// A placement on its way to be used.
@@ -260,14 +286,26 @@ impl Cluster {
             current: None,
             next: None,
             plan_wanted: false,
+            restored: false,
             routes,
         }
+    }
+
+    /// As `self`, with an earlier router's plan: nodes that come back are asked for what they hold. Only before the
+    /// first event.
+    pub fn with_previous(mut self, stored: Stored) -> Cluster {
+        let Stored { epoch, plan } = stored;
+        if epoch < EPOCH_MAX {
+            self.current = Some(Stage { epoch, since: Duration::ZERO, plan });
+            self.restored = true;
+        }
+        self
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
     ///
     /// Events about nodes outside the roster, and about connections that are gone, are ignored: events of the
-    /// network may cross. At most two actions per member and two more come back.
+    /// network may cross. At most three actions per member and two more come back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.started.get_or_insert(now);
         let mut actions = Vec::new();
@@ -302,7 +340,6 @@ impl Cluster {
                     link.measured = measured;
                     link.speed.round_trip = Duration::from_micros(u64::from(measured.round_trip_us));
                 }
-                return actions;
             }
             Event::Revoked(node) => {
                 if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
@@ -322,12 +359,12 @@ impl Cluster {
             Event::Joined(node, hello) => {
                 // A connection that is replaced was lost, though nobody noticed.
                 self.lost(now, node, &mut actions);
-                self.joined(node, hello, &mut actions);
+                self.joined(now, (node, hello), &mut actions);
             }
             Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
             Event::Plan => {
-                self.plan_wanted = true;
+                (self.plan_wanted, self.restored) = (true, false);
                 self.nodes
                     .iter_mut()
                     .filter_map(|node| node.link.as_mut())
@@ -375,6 +412,28 @@ impl Cluster {
     /// Epoch that nodes are loading, if any.
     pub fn next_epoch(&self) -> Option<u64> {
         self.next.as_ref().map(|stage| stage.epoch)
+    }
+
+    /// The plan in use.
+    pub fn plan(&self) -> Option<&Plan> {
+        self.current.as_ref().map(|stage| &stage.plan)
+    }
+
+    /// The newest plan, in use or being loaded: what `with_previous` takes after a restart. Its epoch tells whether
+    /// it is a new one.
+    pub fn newest(&self) -> Option<Stored> {
+        let newest = self.next.as_ref().or(self.current.as_ref())?;
+        Some(Stored { epoch: newest.epoch, plan: newest.plan.clone() })
+    }
+
+    /// Epoch of `newest`; 0 without one.
+    pub fn newest_epoch(&self) -> u64 {
+        self.next.as_ref().or(self.current.as_ref()).map_or(0, |stage| stage.epoch)
+    }
+
+    /// The model.
+    pub fn facts(&self) -> &ModelFacts {
+        &self.facts
     }
 
     /// Experts that no node is meant to hold: they run on the router for lack of memory, or of a plan.
@@ -466,7 +525,7 @@ impl Cluster {
         })
     }
 
-    fn joined(&mut self, node: NodeIndex, hello: Hello, actions: &mut Vec<Action>) {
+    fn joined(&mut self, now: Duration, (node, hello): (NodeIndex, Hello), actions: &mut Vec<Action>) {
         if usize::from(node) >= self.nodes.len() {
             return;
         }
@@ -484,7 +543,8 @@ impl Cluster {
             actions.push(Action::Disconnect(node, reason));
             return;
         }
-        let capacity = self.capacity(node, &hello);
+        self.outgrow(hello.held_epoch, actions);
+        let memory_bytes = hello.memory_bytes;
         let mut link = Link {
             speed: Speed {
                 weight_mb_s: hello.weight_mb_s,
@@ -500,6 +560,7 @@ impl Cluster {
             weight_bytes: 0,
             health: None,
             trust: Trust::default(),
+            joined: now,
             measured: LinkSpeed::default(),
             leaving: false,
         };
@@ -511,7 +572,7 @@ impl Cluster {
             (&self.current, &mut link.current)
         };
         match newest {
-            (Some(stage), order) if fits(&stage.plan, &capacity, &self.facts) => {
+            (Some(stage), order) if stage.plan.suits(node, memory_bytes, &self.facts) => {
                 *order = Order::Sent;
                 link.speed.per_layer = per_layer(&stage.plan, node);
                 actions.push(place(&self.facts, stage, node));
@@ -535,6 +596,23 @@ impl Cluster {
         let note =
             format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
         self.report(node, note, actions);
+    }
+
+    /// An earlier router's plan that is older than what a node holds was not its last. It gets an epoch beyond all, and
+    /// nodes that are here are asked again.
+    fn outgrow(&mut self, held_epoch: u64, actions: &mut Vec<Action>) {
+        let Some(stage) = self.current.as_mut().filter(|stage| self.restored && stage.epoch < held_epoch)
+        else {
+            return;
+        };
+        stage.epoch = held_epoch + 1;
+        for (node, entry) in (0..).zip(&mut self.nodes) {
+            let Some(link) = entry.link.as_mut().filter(|link| link.current != Order::NotSent) else {
+                continue;
+            };
+            link.current = Order::Sent;
+            actions.push(place(&self.facts, stage, node));
+        }
     }
 
     fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {
@@ -602,8 +680,17 @@ impl Cluster {
     }
 
     fn plan_is_due(&self, now: Duration) -> bool {
-        if self.current.is_some() || self.plan_wanted {
+        let measured =
+            |link: &Link| now.saturating_sub(link.joined) >= self.policy.measure_within || link.is_measured();
+        if !self.links().all(|(_, link)| measured(link)) {
+            return false;
+        }
+        let started = self.current.is_some() && !self.restored;
+        if started || self.plan_wanted && self.current.is_none() {
             return self.plan_wanted;
+        }
+        if self.restored && !self.plan_wanted {
+            return false;
         }
         let enough = self.policy.plan_at_nodes.min(self.nodes.len());
         let waited = now.saturating_sub(self.started.unwrap_or(now));
@@ -615,14 +702,21 @@ impl Cluster {
         let willing = self.links().filter(|(node, link)| {
             !link.declined && !link.leaving && !self.nodes[usize::from(*node)].is_quarantined()
         });
-        let capacities: Vec<_> = willing.map(|(node, link)| self.capacity(node, &link.hello)).collect();
+        let capacities: Vec<_> = willing.map(|(node, link)| link.capacity(node)).collect();
         if capacities.is_empty() {
             return;
         }
         self.plan_wanted = false;
         let used = self.current.as_ref().map_or(0, |stage| stage.epoch);
         let epoch = self.links().map(|(_, link)| link.hello.held_epoch).fold(used, u64::max) + 1;
-        let plan = plan(&self.facts, &capacities, self.current.as_ref().map(|stage| &stage.plan));
+        let before = self.current.as_ref().map(|stage| &stage.plan);
+        let plan = plan(&self.facts, &capacities, &self.policy.wishes, before);
+        self.restored = false;
+        for node in plan.left_out(&self.facts).collect::<Vec<_>>() {
+            let note =
+                "would make every token slower by computing; it holds copies of others' experts at most";
+            self.report(node, note.to_owned(), actions);
+        }
         let stage = Stage { epoch, since: now, plan };
         let first = self.current.is_none();
         for capacity in &capacities {
@@ -632,10 +726,6 @@ impl Cluster {
             actions.push(place(&self.facts, &stage, capacity.node));
         }
         *(if first { &mut self.current } else { &mut self.next }) = Some(stage);
-    }
-
-    fn capacity(&self, node: NodeIndex, hello: &Hello) -> Capacity {
-        Capacity { node, memory_bytes: hello.memory_bytes, weight_mb_s: hello.weight_mb_s[0] }
     }
 
     /// Recomputes the table and reports if it changed.
@@ -658,14 +748,6 @@ impl Cluster {
             actions.push(Action::RoutesChanged);
         }
     }
-}
-
-/// Whether a plan still suits a node that came back: it takes part, its part still fits, and more memory than
-/// it had then would change nothing.
-fn fits(plan: &Plan, now: &Capacity, facts: &ModelFacts) -> bool {
-    let Some(then) = plan.capacity(now.node) else { return false };
-    let room = now.experts(facts);
-    room >= plan.load(now.node).experts as u64 && (plan.unplaced() == 0 || room <= then.experts(facts))
 }
 
 fn per_layer(plan: &Plan, node: NodeIndex) -> u32 {

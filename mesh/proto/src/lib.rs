@@ -8,9 +8,19 @@
 
 pub mod cluster;
 
+pub mod stored;
+
 pub mod placement;
 
 pub mod attempts;
+
+pub mod layout;
+
+pub mod cost;
+
+pub mod draws;
+
+pub mod machine;
 
 pub mod health;
 

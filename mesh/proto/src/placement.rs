@@ -1,228 +1,533 @@
-//! Splits whole experts over nodes by memory, and by speed where it was measured.
+//! Decides who shall hold what: whole experts, slices of them and copies, for the least predicted time per token.
 //!
-//! A token passes through every layer in turn and waits in each for the slowest node, so what has to be even is
-//! not the bytes per node but the share of every single layer. The plan therefore fixes how many experts each
-//! node gets in all (in proportion to its weight, never above its memory) and spreads that number over the
-//! layers so that no two layers of a node differ by more than one expert. Integers only, ties to the lower
-//! index: the same input gives the same plan on every machine.
+//! The space is too large to search and the prediction is cheap, so outlines are compared (`layout`): the nodes,
+//! best first, as a whole or without the slowest ones; experts whole or cut in so many parts; shares in proportion to
+//! the rows a node can finish in the time of a layer, or bent towards the fast or the slow; then each node's share a
+//! little more or less. Each outline is laid out for a few layers and predicted on the same draws (`cost`). Whole
+//! experts on all nodes are preferred: what is to replace them must be better by more than the prediction is wrong.
+//! A node that is left out of the best outline makes decoding slower; it only holds copies.
 //!
-//! With a previous plan, a node keeps what it holds as far as its new number per layer allows, so a node that is
-//! added costs about the experts it receives. The price: per layer an expert more or less may change hands that
-//! an exact minimum would have left (finding that is a min-cost flow; a load of a few megabytes is cheaper).
-//!
-//! What fits nowhere stays on the router. This module refuses to split or replicate an expert.
+//! Start-up measurements are noisy, and a plan by noise would move experts at every restart. So nodes that are about
+//! equally fast count as equal, and figures that are about those of the previous plan count as those: then the plan
+//! stays what it is. The price: the best of these outlines is not the best plan there could be. What fits nowhere
+//! stays on the router.
 
 use mesh_wire::id::Slice;
 
-use crate::facts::ModelFacts;
-use crate::routes::{NodeIndex, Part, Table};
+use crate::cost::{DRAWS, Decode, Scene};
+use crate::facts::{LinkSpeed, ModelFacts};
+use crate::layout::Layout;
+pub use crate::machine::Capacity;
+use crate::machine::{Machine, UNMEASURED_MB_S, bytes_ns, scaled};
+use crate::routes::{HOLDERS_MAX, NodeIndex, Table};
 
-/// A node counts as at most this many times slower than the fastest. A start-up measurement that was disturbed
-/// (several nodes start at once on a small machine) can be off by a factor of hundreds, and a node without any
-/// expert helps nobody; one that really is slower than this should rather not join.
-const SLOWEST: u64 = 8;
-
-/// Nodes at least this fraction (2/3) as fast as the fastest count as equally fast: a bandwidth measured in
-/// a few milliseconds varies by as much between equal machines, and between two starts of the same one. A split by
-/// noise would only move experts about.
+/// Figures at least this fraction (2/3) of those of the previous plan, and not more than their inverse, count as
+/// the same: a bandwidth measured in a few milliseconds varies by as much between two starts of the same machine.
 const LEVEL: (u64, u64) = (2, 3);
 
-/// What a node can take.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Capacity {
-    /// Which node.
-    pub node: NodeIndex,
-    /// Bytes it will spend on weights.
-    pub memory_bytes: u64,
-    /// Weight bandwidth at one row in MB/s; 0 where not measured. One row, because that is decoding, where the
-    /// time goes into streaming weights.
-    pub weight_mb_s: u32,
+/// Nodes at least this fraction (4/5) as fast as the fastest of their group count as equally fast: it is a tenth of a
+/// token's time at most, and equal machines get equal shares.
+const EQUAL: (u64, u64) = (4, 5);
+
+/// Round trips that differ by less are the same, in nanoseconds: what a probe's threads wait for their cores.
+const ROUND_TRIP_NOISE_NS: u64 = 100_000;
+
+/// The same for models whose experts take less time than a call: theirs are tests and demonstrations, several nodes
+/// on one busy machine, and no node is to be without work because a thread was late.
+const ROUND_TRIP_NOISE_LIGHT_NS: u64 = 2_000_000;
+
+/// Better by less than this, in hundredths, is not better: predictions are not as exact as that.
+const BETTER: u64 = 3;
+
+/// Nodes of such models are left out for no less than this, in hundredths.
+const BETTER_LIGHT: u64 = 10;
+
+/// What is given for a full set of copies where they are left to the planner, in hundredths of a token's time: a
+/// lost node then costs a retry and not the router's help for as long as it is away.
+const COPIES_WORTH: u64 = 10;
+
+/// The same where the operator asked for copies.
+const COPIES_WISHED: u64 = 300;
+
+/// Layers that are laid out and predicted per outline: they are alike.
+const SAMPLE_LAYERS: usize = 6;
+
+/// Layers drawn per outline, in the coarse search and in the fine one.
+const COARSE_DRAWS: u32 = 256;
+const FINE_DRAWS: u32 = 768;
+
+/// Numbers of parts that are tried, beside one per node and one per block.
+const CUTS: [u16; 5] = [2, 3, 4, 6, 8];
+
+/// Most nodes whose shares are tried one by one.
+const TUNED_MAX: usize = 8;
+
+/// Rows of the prompt step that decides between outlines that decode alike.
+const PREFILL_ROWS: u32 = 256;
+
+/// How many holders a part shall have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copies {
+    /// Two, where memory is left.
+    Auto,
+    /// So many (at most `HOLDERS_MAX`), even at the price of speed, where there is the memory.
+    Exactly(u8),
 }
 
-impl Capacity {
-    /// Whole experts that fit into the memory.
-    pub fn experts(&self, facts: &ModelFacts) -> u64 {
-        self.memory_bytes / facts.expert_bytes.max(1)
+impl Copies {
+    /// Holders that are aimed at.
+    pub fn wanted(self) -> u8 {
+        match self {
+            Copies::Auto => 2,
+            Copies::Exactly(copies) => copies.clamp(1, HOLDERS_MAX as u8),
+        }
+    }
+}
+
+/// What the operator wants of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wishes {
+    /// Holders of each part.
+    pub copies: Copies,
+    /// Whether experts may be cut.
+    pub slices: bool,
+    /// So many experts of each layer, the first ones, are in the router's memory.
+    pub router_experts: u16,
+    /// How fast the router is.
+    pub router: Machine,
+}
+
+/// Whole experts, one of each, none on the router.
+impl Default for Wishes {
+    fn default() -> Wishes {
+        Wishes { copies: Copies::Exactly(1), slices: false, router_experts: 0, router: Machine::default() }
     }
 }
 
 /// Who shall hold what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// The nodes it was made for.
+    /// The nodes it was made for, with the figures it was made from.
     pub capacities: Vec<Capacity>,
+    /// What it was made to be.
+    pub wishes: Wishes,
+    /// Parts of an expert that were aimed at; 1 for whole ones.
+    pub cuts: u16,
     /// Who shall hold what.
     pub table: Table,
+    /// What was predicted of it; `nodes` as in `capacities`.
+    pub predicted: Decode,
 }
 
 impl Plan {
-    /// Experts of `node`, ascending.
+    /// What `node` shall hold, ascending.
     pub fn experts(&self, node: NodeIndex) -> Vec<Slice> {
         self.table.held_by(node).collect()
     }
 
-    /// By expert of a layer, its first holder.
-    fn owners(&self, layer: u16) -> impl Iterator<Item = Option<NodeIndex>> {
-        (0..self.table.experts(layer))
-            .map(move |expert| self.table.parts(layer, expert).first()?.holders.as_slice().first().copied())
+    /// Bytes of that.
+    pub fn bytes(&self, node: NodeIndex, facts: &ModelFacts) -> u64 {
+        self.table.held_by(node).map(|slice| facts.slice_bytes(slice.from, slice.to)).sum()
     }
 
-    /// How many experts `node` holds, in all and at most in one layer.
+    /// How much `node` holds, in all and at most in one layer.
     pub fn load(&self, node: NodeIndex) -> Load {
         let mut per_layer = vec![0; usize::from(self.table.layers())];
-        self.table.held_by(node).for_each(|slice| per_layer[usize::from(slice.key.layer)] += 1);
-        per_layer.into_iter().fold(Load::default(), |load, n| Load {
-            experts: load.experts + n,
-            per_layer: load.per_layer.max(n),
-        })
+        let mut load = Load::default();
+        for (key, part) in self.table.all().filter(|(_, part)| part.holders.contains(node)) {
+            per_layer[usize::from(key.layer)] += 1;
+            load.experts += 1;
+            load.primaries += usize::from(part.holders.as_slice().first() == Some(&node));
+        }
+        Load { per_layer: per_layer.into_iter().max().unwrap_or(0), ..load }
     }
 
-    /// Experts that stay on the router.
+    /// Parts that stay on the router, read from its files.
     pub fn unplaced(&self) -> usize {
         self.table.all().filter(|(_, part)| part.holders.is_empty()).count()
+    }
+
+    /// Fewest holders of a part that has any, and the most.
+    pub fn copies(&self) -> (usize, usize) {
+        let counts =
+            self.table.all().map(|(_, part)| part.holders.as_slice().len()).filter(|count| *count > 0);
+        counts.fold((usize::MAX, 0), |(least, most), count| (least.min(count), most.max(count)))
     }
 
     /// What the plan was told about `node`, if it takes part.
     pub fn capacity(&self, node: NodeIndex) -> Option<&Capacity> {
         self.capacities.iter().find(|capacity| capacity.node == node)
     }
+
+    /// Whether what `node` shall hold still suits it: it fits, and more memory than then would change nothing.
+    pub fn suits(&self, node: NodeIndex, memory_bytes: u64, facts: &ModelFacts) -> bool {
+        let Some(then) = self.capacity(node) else { return false };
+        let room = |bytes: u64| bytes / facts.expert_bytes.max(1);
+        self.bytes(node, facts) <= memory_bytes
+            && (self.unplaced() == 0 || room(memory_bytes) <= room(then.memory_bytes))
+    }
+
+    /// Nodes whose share of the work makes decoding slower, though they have room for some: they hold copies at most.
+    pub fn left_out(&self, facts: &ModelFacts) -> impl Iterator<Item = NodeIndex> {
+        let able = self.capacities.iter().filter(|node| node.memory_bytes >= facts.slice_bytes(0, 1));
+        able.map(|node| node.node).filter(|node| self.load(*node).primaries == 0)
+    }
 }
 
 /// A node's part of a plan, counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Experts of all layers.
+    /// Experts, or slices of them, of all layers.
     pub experts: usize,
+    /// Those of which it is the first holder.
+    pub primaries: usize,
     /// Experts of the layer that has most.
     pub per_layer: usize,
 }
 
-/// Splits the experts over `nodes` (each node once), changing little of `previous`.
+/// Plans for `nodes` (each node once), changing little of `previous`.
 ///
-/// All experts are placed if and only if the nodes have room for them. The split follows the measured bandwidth
-/// if every node has one, else the memory. Cost: layers x (experts + nodes^2), well below a millisecond for
-/// the largest models.
-pub fn plan(facts: &ModelFacts, nodes: &[Capacity], previous: Option<&Plan>) -> Plan {
-    let layers = facts.moe_layers.len();
-    let wanted = layers as u64 * u64::from(facts.experts);
-    let quotas = quotas(facts, nodes, wanted);
-    let mut table = Table::empty(facts);
-    let shares = spread(facts, nodes, &quotas, previous);
-    for (slot, layer) in facts.moe_layers.iter().enumerate() {
-        let before: Vec<_> = previous.iter().flat_map(|plan| plan.owners(*layer)).collect();
-        let counts: Vec<u64> = shares.iter().map(|per_layer| per_layer[slot]).collect();
-        let mut owners = vec![None; usize::from(facts.experts)];
-        assign(&mut owners, nodes, counts, &before);
-        let whole = |owner: Option<NodeIndex>| {
-            [Part { from: 0, to: facts.blocks, holders: owner.into_iter().collect() }]
-        };
-        table.set_layer(*layer, owners.into_iter().map(whole));
+/// All experts are placed if and only if the nodes have room for them. Cost: some 100 outlines of `SAMPLE_LAYERS`
+/// layers and `FINE_DRAWS` drawn ones (tens of milliseconds for 16 nodes), and a table of all layers.
+pub fn plan(facts: &ModelFacts, nodes: &[Capacity], wishes: &Wishes, previous: Option<&Plan>) -> Plan {
+    let nodes = settled(nodes, previous);
+    let wishes = settled_wishes(*wishes, previous);
+    if let Some(plan) = previous.filter(|plan| stays(plan, facts, &nodes, &wishes)) {
+        return plan.clone();
     }
-    Plan { capacities: nodes.to_vec(), table }
-}
-
-/// Experts per node in all: `wanted` in proportion to the weights, no node above its room.
-///
-/// Nodes whose fair share exceeds their room are filled, and what they leave is shared again by the others, until
-/// nobody overflows (water-filling). Fractions go to the largest remainders.
-fn quotas(facts: &ModelFacts, nodes: &[Capacity], wanted: u64) -> Vec<u64> {
-    let weights = weights(nodes);
-    let weight = |node: usize| weights[node];
-    let room: Vec<u64> = nodes.iter().map(|node| node.experts(facts).min(wanted)).collect();
-    let mut quotas = vec![0; nodes.len()];
-    let mut open: Vec<usize> = (0..nodes.len()).filter(|node| room[*node] > 0).collect();
-    let mut left = wanted;
-    loop {
-        let total: u128 = open.iter().map(|node| weight(*node)).sum();
-        if total == 0 {
-            return quotas;
-        }
-        let share = |node: usize| u128::from(left) * weight(node);
-        let (full, rest): (Vec<usize>, Vec<usize>) =
-            open.iter().partition(|node| share(**node) >= u128::from(room[**node]) * total);
-        if full.is_empty() {
-            let mut by_remainder = rest;
-            let mut given = 0;
-            for node in &by_remainder {
-                // Below the room, which is a u64.
-                quotas[*node] = (share(*node) / total) as u64;
-                given += quotas[*node];
-            }
-            by_remainder.sort_by_key(|node| (std::cmp::Reverse(share(*node) % total), *node));
-            for node in by_remainder.into_iter().take((left - given) as usize) {
-                quotas[node] += 1;
-            }
-            return quotas;
-        }
-        for node in full {
-            quotas[node] = room[node];
-            left -= room[node];
-        }
-        open = rest;
-    }
-}
-
-/// What the split is in proportion to: the bandwidths where every node has one, else the memories.
-fn weights(nodes: &[Capacity]) -> Vec<u128> {
-    let fastest = nodes.iter().map(|node| u64::from(node.weight_mb_s)).max().unwrap_or(0);
-    let level = |speed: u64| {
-        if speed * LEVEL.1 >= fastest * LEVEL.0 { fastest } else { speed.max(fastest / SLOWEST) }
+    let search = Search::new(facts, &nodes, wishes);
+    let outline = search.best(previous.map(|plan| plan.cuts));
+    let layout = Layout {
+        facts,
+        nodes: &nodes,
+        weights: &outline.weights,
+        cuts: outline.cuts,
+        copies: wishes.copies.wanted(),
+        router_experts: wishes.router_experts,
+        previous: previous.map(|plan| &plan.table),
     };
-    let measured = nodes.iter().all(|node| node.weight_mb_s > 0);
-    let weight = |node: &Capacity| if measured { level(node.weight_mb_s.into()) } else { node.memory_bytes };
-    nodes.iter().map(|node| u128::from(weight(node))).collect()
+    // Experts that fit a few layers when cut may not fit all of them by a rounding.
+    let (table, cuts) = match layout.table() {
+        Some(table) => (table, outline.cuts),
+        None => (Layout { cuts: 1, ..layout.clone() }.table().unwrap_or_else(|| Table::empty(facts)), 1),
+    };
+    let machines: Vec<_> = nodes.iter().map(|node| (node.node, node.machine)).collect();
+    let scene = Scene { facts, router: wishes.router, fallback_mb_s: 0, nodes: &machines };
+    let predicted = scene.decode(&table, DRAWS);
+    Plan { capacities: nodes, wishes, cuts, table, predicted }
 }
 
-/// `[node][slot of moe_layers]`: each node's quota spread over the layers, floor or ceiling of the mean in each,
-/// so that no layer is promised more experts than it has.
-///
-/// What is left after the floors is handed out node by node to the layers that are still owed most. Owing starts
-/// level and stays level within one, so it ends level: every layer gets exactly its experts. Among layers owed
-/// the same, one where the node already held more comes first.
-fn spread(facts: &ModelFacts, nodes: &[Capacity], quotas: &[u64], previous: Option<&Plan>) -> Vec<Vec<u64>> {
-    let layers = facts.moe_layers.len();
-    let mut owed = vec![u64::from(facts.experts); layers];
-    let mut shares = Vec::with_capacity(nodes.len());
-    for quota in quotas {
-        let floor = quota / layers.max(1) as u64;
-        owed.iter_mut().for_each(|experts| *experts -= floor);
-        shares.push(vec![floor; layers]);
-    }
-    for ((node, quota), share) in nodes.iter().zip(quotas).zip(&mut shares) {
-        let held = |slot: usize| {
-            let owners = previous.iter().flat_map(|plan| plan.owners(facts.moe_layers[slot]));
-            owners.filter(|owner| *owner == Some(node.node)).count()
+/// Whether the previous plan is still the plan.
+fn stays(plan: &Plan, facts: &ModelFacts, nodes: &[Capacity], wishes: &Wishes) -> bool {
+    let machines =
+        |nodes: &[Capacity]| nodes.iter().map(|node| (node.node, node.machine)).collect::<Vec<_>>();
+    plan.wishes == *wishes
+        && machines(&plan.capacities) == machines(nodes)
+        && nodes.iter().all(|node| plan.suits(node.node, node.memory_bytes, facts))
+        && !nodes.iter().any(|node| {
+            let before = plan.capacity(node.node).map_or(0, |node| node.memory_bytes);
+            // Memory for more copies, where some are missing.
+            node.memory_bytes > before && plan.copies().0 < usize::from(wishes.copies.wanted())
+        })
+}
+
+/// The figures of the nodes, those of the previous plan where they are about the same.
+fn settled(nodes: &[Capacity], previous: Option<&Plan>) -> Vec<Capacity> {
+    let settle = |node: &Capacity| {
+        let before = previous.and_then(|plan| plan.capacity(node.node)).map(|before| before.machine);
+        let machine = before.filter(|before| is_about(before, &node.machine)).unwrap_or(node.machine);
+        Capacity { machine, ..*node }
+    };
+    nodes.iter().map(settle).collect()
+}
+
+fn settled_wishes(wishes: Wishes, previous: Option<&Plan>) -> Wishes {
+    let before = previous.map(|plan| plan.wishes.router);
+    let router = before.filter(|before| is_about(before, &wishes.router)).unwrap_or(wishes.router);
+    Wishes { router, ..wishes }
+}
+
+fn is_about(before: &Machine, now: &Machine) -> bool {
+    let level = |a: u64, b: u64| a.min(b) * LEVEL.1 >= a.max(b) * LEVEL.0;
+    let speed = |machine: &Machine| u64::from(machine.weight_mb_s[0]);
+    let trip = |machine: &Machine| machine.round_trip_ns();
+    let rate = |machine: &Machine| u64::from(machine.link_mb_s());
+    // Nothing measured now says nothing against what was measured then.
+    let unknown = now.weight_mb_s[0] == 0;
+    let unlinked = now.link == LinkSpeed::default();
+    (unknown || level(speed(before), speed(now)))
+        && (unlinked || level(rate(before), rate(now)))
+        && (unlinked
+            || trip(before).abs_diff(trip(now)) <= ROUND_TRIP_NOISE_NS
+            || level(trip(before), trip(now)))
+}
+
+/// A plan in outline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Outline {
+    weights: Vec<u64>,
+    cuts: u16,
+}
+
+/// How good an outline is.
+#[derive(Clone, Copy, Debug)]
+struct Score {
+    unplaced: usize,
+    /// Nanoseconds per token, and what missing copies count.
+    token_ns: u64,
+    prefill_ns: u64,
+}
+
+impl Score {
+    /// Whether it is better than `other` by more than `margin` hundredths; of those alike, whether prompts are.
+    fn beats(&self, other: &Score, margin: u64) -> bool {
+        let less = |a: u64, b: u64, margin: u64| {
+            u128::from(a) * 100 < u128::from(b) * u128::from(100_u64.saturating_sub(margin))
         };
-        let mut slots: Vec<usize> = (0..layers).collect();
-        slots.sort_by_cached_key(|slot| (std::cmp::Reverse((owed[*slot], held(*slot))), *slot));
-        for slot in slots.into_iter().take((quota % layers.max(1) as u64) as usize) {
-            share[slot] += 1;
-            owed[slot] -= 1;
+        if self.unplaced != other.unplaced {
+            return self.unplaced < other.unplaced;
         }
+        less(self.token_ns, other.token_ns, margin)
+            || (!less(other.token_ns, self.token_ns, 0) && less(self.prefill_ns, other.prefill_ns, margin))
     }
-    shares
 }
 
-/// Fills one layer: everyone keeps what it had up to its count, then takes the free experts in ascending order
-/// (neighbours in the packed file, so loading reads long runs).
-fn assign(
-    owners: &mut [Option<NodeIndex>],
-    nodes: &[Capacity],
-    mut counts: Vec<u64>,
-    before: &[Option<NodeIndex>],
-) {
-    for (owner, had) in owners.iter_mut().zip(before) {
-        let Some(slot) = nodes.iter().position(|node| Some(node.node) == *had) else { continue };
-        if counts[slot] > 0 {
-            counts[slot] -= 1;
-            *owner = *had;
+struct Search<'a> {
+    /// The model with a few of its layers.
+    facts: ModelFacts,
+    /// The nodes with as much less memory.
+    nodes: Vec<Capacity>,
+    machines: Vec<(NodeIndex, Machine)>,
+    wishes: Wishes,
+    /// Nanoseconds of a call without experts and of one expert, by node, those about equal made equal.
+    costs: Vec<(u64, u64)>,
+    /// Whether a layer's experts take the best node less time than a call.
+    light: bool,
+    /// Nodes, best first.
+    order: Vec<usize>,
+    whole: &'a ModelFacts,
+}
+
+impl<'a> Search<'a> {
+    fn new(whole: &'a ModelFacts, nodes: &[Capacity], wishes: Wishes) -> Search<'a> {
+        let layers = whole.moe_layers.len();
+        let sample = layers.min(SAMPLE_LAYERS);
+        let less = |bytes: u64| (u128::from(bytes) * sample as u128 / layers.max(1) as u128) as u64;
+        let facts = ModelFacts { moe_layers: whole.moe_layers[..sample].to_vec(), ..whole.clone() };
+        let shrunk = |node: &Capacity| Capacity { memory_bytes: less(node.memory_bytes), ..*node };
+        let nodes: Vec<Capacity> = nodes.iter().map(shrunk).collect();
+        let slowest = nodes.iter().map(|node| node.machine.weight_mb_s[0]).filter(|mb_s| *mb_s > 0).min();
+        let assumed = slowest.unwrap_or(UNMEASURED_MB_S);
+        let mb_s = |node: &Capacity| match node.machine.weight_mb_s[0] {
+            // Nobody knows how fast it is: no faster than the others.
+            0 => assumed,
+            mb_s => mb_s,
+        };
+        let calls: Vec<_> = nodes.iter().map(|node| node.machine.round_trip_ns()).collect();
+        let experts: Vec<_> =
+            nodes.iter().map(|node| bytes_ns(whole.expert_bytes, mb_s(node)).max(1)).collect();
+        let least = |costs: &[u64]| costs.iter().copied().min().unwrap_or(0);
+        let light = least(&experts).saturating_mul(whole.top_k.into()) < least(&calls);
+        let noise = if light { ROUND_TRIP_NOISE_LIGHT_NS } else { ROUND_TRIP_NOISE_NS };
+        let (calls, experts) = (levelled(&calls, noise), levelled(&experts, 0));
+        // What is compared is free of noise, too.
+        let level = |(node, (call, expert)): (&Capacity, (&u64, &u64))| {
+            let mut machine = node.machine;
+            machine.link.round_trip_us = u32::try_from(call / 1000).unwrap_or(u32::MAX).max(1);
+            let mb_s = whole.expert_bytes.saturating_mul(1000) / expert;
+            machine.weight_mb_s[0] = u32::try_from(mb_s).unwrap_or(u32::MAX).max(1);
+            (node.node, machine)
+        };
+        let machines = nodes.iter().zip(calls.iter().zip(&experts)).map(level).collect();
+        let costs: Vec<_> = calls.into_iter().zip(experts).collect();
+        let mut order: Vec<usize> = (0..nodes.len()).collect();
+        order.sort_by_key(|node| (costs[*node].0.saturating_add(costs[*node].1), *node));
+        Search { facts, nodes, machines, wishes, costs, light, order, whole }
+    }
+
+    fn best(&self, cuts_before: Option<u16>) -> Outline {
+        let all = self.nodes.len();
+        let most = (self.whole.blocks.min(all as u16)).max(1);
+        let mut cuts: Vec<u16> = vec![1];
+        if self.wishes.slices {
+            let more = CUTS.into_iter().chain([most]).filter(|cuts| (2..=most).contains(cuts));
+            cuts.extend(more);
+            cuts.sort_unstable();
+            cuts.dedup();
+        }
+        // What was is tried first, and given up only for something better.
+        if let Some(before) = cuts_before.and_then(|before| cuts.iter().position(|cuts| *cuts == before)) {
+            cuts[..=before].rotate_right(1);
+        }
+        let mut best = self.scored(Outline { weights: self.weights(all), cuts: cuts[0] }, COARSE_DRAWS);
+        for first in prefixes(all) {
+            for cuts in cuts.iter().filter(|cuts| usize::from(**cuts) <= first.max(1)) {
+                let outline = Outline { weights: self.weights(first), cuts: *cuts };
+                let fewer = outline.weights.iter().filter(|weight| **weight > 0).count() < all;
+                let margin = if self.light && fewer { BETTER_LIGHT } else { BETTER };
+                if !(fewer && self.splits_equals(first)) {
+                    self.improve(&mut best, outline, (COARSE_DRAWS, margin));
+                }
+            }
+        }
+        self.refine(best.0)
+    }
+
+    /// Tries what is near an outline: a node less or more, shares bent, single shares moved.
+    fn refine(&self, outline: Outline) -> Outline {
+        if self.light {
+            // Shares do not matter, and fewer calls would always look better.
+            return outline;
+        }
+        let used = outline.weights.iter().filter(|weight| **weight > 0).count();
+        let mut best = self.scored(outline, FINE_DRAWS);
+        for first in [used + 1, used.saturating_sub(1)] {
+            if (1..=self.nodes.len()).contains(&first) {
+                let outline = Outline { weights: self.weights(first), cuts: best.0.cuts };
+                self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
+            }
+        }
+        let plain = best.0.clone();
+        for bend in [Bend::Root, Bend::Square, Bend::Cube] {
+            let weights = plain.weights.iter().map(|weight| bend.apply(*weight)).collect();
+            self.improve(&mut best, Outline { weights, ..plain }, (FINE_DRAWS, BETTER));
+        }
+        if self.nodes.len() <= TUNED_MAX {
+            for node in 0..self.nodes.len() {
+                for (times, of) in [(5, 4), (4, 5)] {
+                    let mut outline = best.0.clone();
+                    outline.weights[node] = outline.weights[node].saturating_mul(times) / of;
+                    self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
+                }
+            }
+        }
+        best.0
+    }
+
+    /// Whether the first so many nodes leave out one that is as good as one of them. With large experts that may be
+    /// right (answers queue for the router's link); with small ones it only leaves machines idle.
+    fn splits_equals(&self, first: usize) -> bool {
+        let cost = |position: usize| self.order.get(position).map(|node| self.costs[*node]);
+        self.light && first > 0 && cost(first).is_some() && cost(first - 1) == cost(first)
+    }
+
+    fn improve(&self, best: &mut (Outline, Option<Score>), outline: Outline, (draws, margin): (u32, u64)) {
+        if outline == best.0 {
+            return;
+        }
+        let scored = self.scored(outline, draws);
+        let better = match (&scored.1, &best.1) {
+            (Some(score), Some(before)) => score.beats(before, margin),
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if better {
+            *best = scored;
         }
     }
-    let takers = nodes.iter().zip(counts).flat_map(|(node, count)| (0..count).map(|_| node.node));
-    let free = owners.iter_mut().filter(|owner| owner.is_none());
-    for (owner, node) in free.zip(takers) {
-        *owner = Some(node);
+
+    /// `None` for what cannot be laid out.
+    fn scored(&self, outline: Outline, draws: u32) -> (Outline, Option<Score>) {
+        let layout = Layout {
+            facts: &self.facts,
+            nodes: &self.nodes,
+            weights: &outline.weights,
+            cuts: outline.cuts,
+            copies: self.wishes.copies.wanted(),
+            router_experts: self.wishes.router_experts,
+            previous: None,
+        };
+        let Some(table) = layout.table() else { return (outline, None) };
+        let scene =
+            Scene { facts: &self.facts, router: self.wishes.router, fallback_mb_s: 0, nodes: &self.machines };
+        let wanted = usize::from(self.wishes.copies.wanted());
+        let (mut unplaced, mut parts, mut missing) = (0, 0_u64, 0_u64);
+        for (_, part) in table.all() {
+            let holders = part.holders.as_slice().len();
+            unplaced += usize::from(holders == 0);
+            parts += 1;
+            missing += u64::from(holders < wanted);
+        }
+        let worth = if self.wishes.copies == Copies::Auto { COPIES_WORTH } else { COPIES_WISHED };
+        let token_ns = scene.decode(&table, draws).token_ns;
+        let without = scaled(token_ns, missing * worth, parts.max(1) * 100);
+        let score = Score {
+            unplaced,
+            token_ns: token_ns.saturating_add(without),
+            prefill_ns: scene.prefill(&table, PREFILL_ROWS).step_ns,
+        };
+        (outline, Some(score))
     }
+
+    /// What each of the first nodes of the order can finish of a layer in the time in which they finish it together:
+    /// the time less its call, over that of an expert. Who is not done with the call by then gets nothing.
+    fn weights(&self, first: usize) -> Vec<u64> {
+        const SCALE: u128 = 1 << 40;
+        let mut open: Vec<usize> = self.order[..first].to_vec();
+        let mut weights = vec![0; self.nodes.len()];
+        let wanted = u128::from(self.whole.top_k.max(1)) * SCALE;
+        loop {
+            let rate = |node: usize| SCALE / u128::from(self.costs[node].1);
+            let rates: u128 = open.iter().map(|node| rate(*node)).sum();
+            let head: u128 = open.iter().map(|node| u128::from(self.costs[*node].0) * rate(*node)).sum();
+            let Some(time) = (wanted + head).checked_div(rates) else { return weights };
+            let before = open.len();
+            open.retain(|node| u128::from(self.costs[*node].0) < time);
+            if open.len() == before {
+                let worth = |node: usize| (time - u128::from(self.costs[node].0)) * rate(node);
+                let most = open.iter().map(|node| worth(*node)).max().unwrap_or(1).max(1);
+                for node in open {
+                    // A millionth of the best is nothing.
+                    weights[node] = (worth(node) * WEIGHT_MAX / most) as u64;
+                }
+                return weights;
+            }
+        }
+    }
+}
+
+/// Weights of outlines lie between 0 and this, so that their cubes fit.
+const WEIGHT_MAX: u128 = 1 << 20;
+
+/// Shares that favour the slow, or the fast.
+#[derive(Clone, Copy, Debug)]
+enum Bend {
+    Root,
+    Square,
+    Cube,
+}
+
+impl Bend {
+    fn apply(self, weight: u64) -> u64 {
+        match self {
+            Bend::Root => (weight << 20).isqrt(),
+            Bend::Square => (weight * weight) >> 20,
+            Bend::Cube => (((weight * weight) >> 20) * weight) >> 20,
+        }
+    }
+}
+
+/// Numbers of nodes that are tried in the coarse search: all, then fewer.
+fn prefixes(all: usize) -> impl Iterator<Item = usize> {
+    let fewer = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
+    std::iter::once(all).chain(fewer.into_iter().rev().filter(move |first| *first < all))
+}
+
+/// Costs, those of a group of about equal ones made equal: the least of each group counts for all of it.
+fn levelled(costs: &[u64], noise: u64) -> Vec<u64> {
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by_key(|node| (costs[*node], *node));
+    let mut level = costs.to_vec();
+    let mut group: Option<u64> = None;
+    for node in order {
+        let within = |least: u64| {
+            costs[node] <= least.saturating_add(noise)
+                || u128::from(costs[node]) * u128::from(EQUAL.0) <= u128::from(least) * u128::from(EQUAL.1)
+        };
+        let least = group.filter(|least| within(*least)).unwrap_or(costs[node]);
+        (group, level[node]) = (Some(least), least);
+    }
+    level
 }
 
 #[cfg(test)]
