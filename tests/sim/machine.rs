@@ -215,7 +215,7 @@ impl Machine {
         for expert in experts {
             let key = ExpertKey { layer: call.layer, expert };
             let slice = held.slices.get(&key).ok_or(Refusal::UnknownExpert)?;
-            bytes += slice_bytes(slice, facts);
+            bytes += facts.slice_bytes(slice.from, slice.to);
         }
         let seconds = bytes as f64 / (f64::from(self.weight_mb_s.max(1)) * 1e6) * f64::from(self.slow);
         Ok(Duration::from_secs_f64(seconds))
@@ -281,15 +281,10 @@ fn encode(pool: &Pool, call: u64, sums: &[Row], hidden: usize) -> Vec<u8> {
     encode_sums(pool, head, &rows).map_or_else(|_| Vec::new(), |buffer| buffer.body().to_vec())
 }
 
-/// Bytes of a slice: its share of the expert's blocks.
-pub(crate) fn slice_bytes(slice: &Slice, facts: &ModelFacts) -> u64 {
-    facts.expert_bytes * u64::from(slice.to - slice.from) / u64::from(facts.blocks.max(1))
-}
-
 /// Bytes of two epochs, what is in both counted once.
 fn union_bytes(held: &[Held], facts: &ModelFacts) -> u64 {
     let [old, new] = held else { return 0 };
-    let bytes = |held: &Held| held.slices.values().map(|slice| slice_bytes(slice, facts)).sum::<u64>();
+    let bytes = |held: &Held| held.slices.values().map(|slice| facts.slice_bytes(slice.from, slice.to)).sum::<u64>();
     let both = old.slices.iter().filter(|(key, slice)| new.slices.get(key) == Some(*slice));
-    bytes(old) + bytes(new) - both.map(|(_, slice)| slice_bytes(slice, facts)).sum::<u64>()
+    bytes(old) + bytes(new) - both.map(|(_, slice)| facts.slice_bytes(slice.from, slice.to)).sum::<u64>()
 }

@@ -11,9 +11,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use mesh_proto::cluster::Event;
-use mesh_proto::facts::ModelFacts;
+use mesh_proto::cluster::{Event, Policy};
+use mesh_proto::facts::{LinkSpeed, ModelFacts};
 use mesh_proto::routes::NodeIndex;
+use mesh_proto::stored::Stored;
 use mesh_wire::buffer::Pool;
 use mesh_wire::control::{Health, Placed, Placement, Refusal};
 
@@ -78,6 +79,8 @@ pub(crate) enum Happening {
     Computed { node: NodeIndex, life: u64, connection: u64, call: Call },
     Loaded { node: NodeIndex, life: u64, connection: u64, placement: Order },
     Dial { node: NodeIndex, life: u64 },
+    /// The link of a connection was measured.
+    Linked { node: NodeIndex, connection: u64, speed: LinkSpeed },
     Start(NodeIndex),
     RouterStart,
     Engine,
@@ -146,6 +149,9 @@ pub(crate) struct World {
     pub(crate) pool: Pool,
     pub(crate) machines: Vec<Machine>,
     pub(crate) router: Router,
+    policy: Policy,
+    /// Plans on the router's disk, newest last, as text.
+    stored: Vec<String>,
     pub(crate) engine: Engine,
     pub(crate) clients: Vec<Client>,
     pub(crate) summary: Summary,
@@ -171,6 +177,7 @@ impl World {
             experts,
             expert_bytes: u64::from(blocks) * 1_000_000,
             blocks,
+            block_bytes: 1_000_000,
             hidden: crate::toy::HIDDEN as u32,
             top_k,
             ..ModelFacts::default()
@@ -186,7 +193,8 @@ impl World {
                 Machine::new(memory, dice.between(200, 2000) as u32, lies)
             })
             .collect();
-        let router = Router::new(&facts, nodes as usize, &mut dice);
+        let policy = router::policy(nodes, &facts, &mut dice);
+        let router = Router::new(&facts, policy, nodes as usize, None);
         let engine = Engine::new(&mut dice);
         let mut world = World {
             now: Duration::from_millis(1),
@@ -197,6 +205,8 @@ impl World {
             pool: Pool::new(1 << 24),
             machines,
             router,
+            policy,
+            stored: Vec::new(),
             engine,
             clients: Vec::new(),
             summary: Summary::default(),
@@ -348,6 +358,11 @@ impl World {
                 self.loaded(node, life, connection, &placement.0);
             }
             Happening::Dial { node, life } => self.dial(node, life),
+            Happening::Linked { node, connection, speed } => {
+                if self.router_up && self.router.connection(node) == Some(connection) {
+                    self.handle(Event::Linked(node, speed));
+                }
+            }
             Happening::Start(node) => self.start(node),
             Happening::RouterStart if self.router_up => {}
             Happening::RouterStart => self.router_starts(),
@@ -577,6 +592,15 @@ impl World {
         self.fail_calls(node);
         self.router.connect(node, connection, now, &hello);
         self.handle(Event::Joined(node, hello));
+        if self.dice.chance(900) {
+            let absurd = self.dice.chance(self.machines[usize::from(node)].lies);
+            let speed = LinkSpeed {
+                round_trip_us: if absurd { u32::MAX } else { self.dice.between(100, 5000) as u32 },
+                mb_s: if absurd { u32::MAX } else { self.dice.between(5, 1000) as u32 },
+            };
+            let delay = self.dice.millis(5, 800);
+            self.at(delay, Happening::Linked { node, connection, speed });
+        }
     }
 
     /// The router's end of a connection is gone.
@@ -589,8 +613,14 @@ impl World {
 
     fn router_starts(&mut self) {
         self.router_up = true;
-        let (facts, nodes) = (self.facts.clone(), self.machines.len());
-        self.router = Router::new(&facts, nodes, &mut self.dice);
+        let members = router::members(self.machines.len());
+        // Now and then the newest is not the one that is read: the disk was full, or a backup was put back.
+        let text = if self.dice.chance(700) { self.stored.last() } else { self.stored.first() };
+        let text = text.filter(|_| self.dice.chance(850));
+        let stored = text.map(|text| Stored::parse(text, &self.facts, &members).expect("it wrote this itself"));
+        let epoch = stored.as_ref().map(|stored| stored.epoch);
+        self.trace.note(self.now, format_args!("the router starts from the plan of {epoch:?}"));
+        self.router = Router::new(&self.facts, self.policy, members.len(), stored);
     }
 
     fn strike(&mut self, fault: Fault) {

@@ -15,7 +15,7 @@ use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
 
 use crate::dice::Dice;
 use crate::machine::{Answer, Call};
-use crate::toy::{END, HIDDEN, LAYERS, MOE_LAYERS, Row};
+use crate::toy::{END, HIDDEN, LAYERS, MOE_LAYERS, Row, Toy};
 use super::{End, Happening, Summary, World};
 
 /// Tokens per KV block.
@@ -383,18 +383,26 @@ impl World {
         flight.attempts.clear(self.profile.fallback);
         (flight.layer, flight.epoch, flight.open) = (layer, routes.epoch, true);
         let mut asked: BTreeMap<NodeIndex, Vec<Unit>> = BTreeMap::new();
-        let mut homeless = Vec::new();
+        let (mut homeless, mut own) = (Vec::new(), Vec::new());
         for (expert, rows) in chosen {
             for piece in routes.table.parts(layer, *expert) {
-                let flight = &mut self.engine.flights[part];
-                let unit = flight.attempts.unit(piece.holders, rows.len() as u32);
-                let blocks = (piece.from, piece.to);
-                flight.work.push(Work { expert: *expert, blocks, rows: rows.clone(), holders: piece.holders, added: 0 });
-                let nodes = piece.holders.as_slice().iter().copied().filter(|node| *node != ROUTER);
+                let holders = piece.holders;
+                let work =
+                    Work { expert: *expert, blocks: (piece.from, piece.to), rows: rows.clone(), holders, added: 0 };
                 let load = |node: &NodeIndex| (self.standing(*node), asked.get(node).map_or(0, Vec::len), *node);
-                match nodes.min_by_key(load) {
-                    Some(node) => asked.entry(node).or_default().push(unit),
-                    None => homeless.push(unit),
+                let chosen = holders.as_slice().iter().copied().min_by_key(load);
+                let flight = &mut self.engine.flights[part];
+                match chosen {
+                    Some(ROUTER) => own.push(work),
+                    Some(node) => {
+                        asked.entry(node).or_default().push(flight.attempts.unit(holders, rows.len() as u32));
+                        flight.work.push(work);
+                    }
+                    None if self.profile.fallback => own.push(work),
+                    None => {
+                        homeless.push(flight.attempts.unit(holders, rows.len() as u32));
+                        flight.work.push(work);
+                    }
                 }
             }
         }
@@ -404,6 +412,12 @@ impl World {
             self.engine.hedges.earn();
             self.send(part, call, node);
         }
+        let pass = self.engine.pass.as_mut().expect("a step is under way");
+        for work in &own {
+            compute(&self.toy, layer, work, &mut pass.rows);
+        }
+        let time = self.engine.part_takes * own.len() as u32;
+        self.works_for(time);
         if !homeless.is_empty() {
             // As a call that nobody could take.
             let now = self.now;
@@ -423,7 +437,7 @@ impl World {
 
     fn standing(&self, node: NodeIndex) -> Standing {
         if node == ROUTER {
-            return Standing::Good(0);
+            return Standing::Good(u32::MAX);
         }
         let load = self.engine.loads.get(usize::from(node)).copied().unwrap_or(0);
         let serves = self.router.cluster.status(node).is_some_and(|status| status.state == NodeState::Serving);
@@ -601,11 +615,7 @@ impl World {
         for unit in &units {
             let work = &mut flight.work[*unit as usize];
             work.added += 1;
-            for row in &work.rows {
-                let StepRow { x, sums, .. } = &mut pass.rows[*row];
-                let own = self.toy.part((flight.layer, work.expert), work.blocks, x);
-                sums.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
-            }
+            compute(&self.toy, flight.layer, work, &mut pass.rows);
         }
         self.summary.computed_here += units.len() as u64;
         let time = self.engine.part_takes * units.len() as u32;
@@ -720,6 +730,15 @@ impl World {
         let Summary { calls, hedges, .. } = self.summary;
         let most = calls / u64::from(CALLS_PER_HEDGE) + u64::from(HEDGE_BURST);
         assert!(hedges <= most, "{hedges} hedges of {calls} calls");
+    }
+}
+
+/// Adds what a part of an expert gives to the sums of its rows.
+fn compute(toy: &Toy, layer: u16, work: &Work, rows: &mut [StepRow]) {
+    for row in &work.rows {
+        let StepRow { x, sums, .. } = &mut rows[*row];
+        let own = toy.part((layer, work.expert), work.blocks, x);
+        sums.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
     }
 }
 

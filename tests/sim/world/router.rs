@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use mesh_proto::cluster::{Action, Cluster, Event, NodeState, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::machine::Machine;
+use mesh_proto::placement::{Copies, Wishes};
 use mesh_proto::routes::{NodeIndex, ROUTER, Routes};
+use mesh_proto::stored::Stored;
 use mesh_wire::control::{Hello, Placed};
 use mesh_wire::id::NodeId;
 
 use crate::dice::Dice;
-use crate::machine::slice_bytes;
 use super::{Control, Order, Way, World};
 
 #[derive(Debug)]
@@ -25,11 +27,32 @@ struct Connection {
     acknowledged: BTreeSet<u64>,
 }
 
+/// The roster.
+pub(crate) fn members(nodes: usize) -> Vec<Member> {
+    (0..nodes).map(|key| Member { id: NodeId([key as u8; 32]), name: format!("n{key}") }).collect()
+}
+
+/// What the operator of a seed wants.
+pub(crate) fn policy(nodes: u64, facts: &ModelFacts, dice: &mut Dice) -> Policy {
+    let copies = if dice.chance(300) { Copies::Auto } else { Copies::Exactly(dice.between(1, 4) as u8) };
+    let router_experts = if dice.chance(300) { dice.roll(u64::from(facts.experts) + 1) as u16 } else { 0 };
+    let speed = if dice.chance(500) { dice.between(200, 4000) as u32 } else { 0 };
+    let router = Machine { weight_mb_s: [speed; 5], ..Machine::default() };
+    Policy {
+        plan_at_nodes: 1 + dice.roll(nodes + 1) as usize,
+        plan_after: dice.millis(0, 4000),
+        require_exact: true,
+        measure_within: if dice.chance(500) { dice.millis(0, 2000) } else { Duration::ZERO },
+        wishes: Wishes { copies, slices: dice.chance(500), router_experts, router },
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Router {
     pub(crate) cluster: Cluster,
     connections: Vec<Option<Connection>>,
     reported: Arc<Routes>,
+    stored_epoch: u64,
     /// Times each node sent what no correct node sends.
     pub(crate) malformed: Vec<u32>,
     /// The operator waits with a new plan for the last machine.
@@ -37,16 +60,15 @@ pub(crate) struct Router {
 }
 
 impl Router {
-    pub(crate) fn new(facts: &ModelFacts, nodes: usize, dice: &mut Dice) -> Router {
-        let member = |key: usize| Member { id: NodeId([key as u8; 32]), name: format!("n{key}") };
-        let policy = Policy {
-            plan_at_nodes: 1 + dice.roll(nodes as u64 + 1) as usize,
-            plan_after: dice.millis(0, 4000),
-            require_exact: true,
-        };
-        let cluster = Cluster::with_policy((0..nodes).map(member).collect(), facts.clone(), policy);
+    /// A router that starts, with the plan of an earlier one if it has it.
+    pub(crate) fn new(facts: &ModelFacts, policy: Policy, nodes: usize, stored: Option<Stored>) -> Router {
+        let mut cluster = Cluster::with_policy(members(nodes), facts.clone(), policy);
+        if let Some(stored) = stored {
+            cluster = cluster.with_previous(stored);
+        }
         Router {
             reported: cluster.routes(),
+            stored_epoch: 0,
             cluster,
             connections: (0..nodes).map(|_| None).collect(),
             malformed: vec![0; nodes],
@@ -119,14 +141,15 @@ impl World {
             let actions: Vec<String> = actions.iter().map(brief).collect();
             self.trace.note(now, format_args!("  {told} -> {actions:?}"));
         }
-        assert!(actions.len() <= 2 * self.machines.len() + 2, "{actions:?}");
+        assert!(actions.len() <= 3 * self.machines.len() + 2, "{actions:?}");
+        self.store_plan();
         let mut changed = false;
         for action in actions {
             match action {
                 Action::Place(node, placement) => {
                     let connection = self.router.connections[usize::from(node)].as_mut();
                     let connection = connection.expect("orders go to nodes that are here");
-                    let bytes: u64 = placement.experts.iter().map(|slice| slice_bytes(slice, &self.facts)).sum();
+                    let bytes: u64 = placement.experts.iter().map(|slice| self.facts.slice_bytes(slice.from, slice.to)).sum();
                     assert!(bytes <= connection.memory_bytes, "{node} is to hold {bytes} bytes");
                     connection.ordered.insert(placement.epoch);
                     let id = connection.id;
@@ -153,6 +176,21 @@ impl World {
         }
     }
 
+    /// A new plan goes to the router's disk.
+    fn store_plan(&mut self) {
+        let epoch = self.router.cluster.newest_epoch();
+        if epoch == self.router.stored_epoch {
+            return;
+        }
+        self.router.stored_epoch = epoch;
+        if let Some(newest) = self.router.cluster.newest() {
+            let members = members(self.machines.len());
+            self.stored.push(newest.to_text(&self.facts, &members));
+            let surplus = self.stored.len().saturating_sub(3);
+            self.stored.drain(..surplus);
+        }
+    }
+
     /// Something arrived that no correct node sends.
     pub(crate) fn malformed(&mut self, node: NodeIndex) {
         self.summary.malformed += 1;
@@ -162,6 +200,11 @@ impl World {
         self.handle(Event::Malformed(node));
     }
 
+    /// Experts of all layers.
+    fn experts(&self) -> u64 {
+        u64::from(self.facts.experts) * self.facts.moe_layers.len() as u64
+    }
+
     /// Whether everything is as good as it gets: all nodes are here and serve what they hold, and as many experts have
     /// a holder as fit.
     pub(crate) fn is_placed(&self) -> bool {
@@ -169,13 +212,16 @@ impl World {
         if self.router.plan_when_all_are_here || !cluster.settled() || cluster.next_epoch().is_some() {
             return false;
         }
+        // With slices more may fit, and experts of the router need no room.
         let room: u64 = self.machines.iter().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
         let routes = cluster.routes();
         let all = routes.table.all().count() as u64;
         let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
         let states = cluster.statuses();
         let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
-        held >= all.min(room) && !states.iter().any(|status| out(status.state))
+        let whole = routes.table.all().all(|(_, part)| (part.from, part.to) == (0, self.facts.blocks));
+        let fits = if whole { held >= all.min(room) } else { held == all || room < self.experts() };
+        fits && !states.iter().any(|status| out(status.state))
     }
 }
 
