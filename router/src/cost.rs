@@ -27,8 +27,14 @@ pub struct StepCost {
     pub bytes_in: u64,
     /// Calls sent.
     pub calls: u64,
-    /// Calls whose experts were computed here after all.
+    /// Times that experts of calls were computed here after all.
     pub fallbacks: u64,
+    /// Calls sent beside others that were late.
+    pub hedges: u64,
+    /// Late calls that were answered by others first.
+    pub hedges_won: u64,
+    /// Calls sent for others that had failed.
+    pub retries: u64,
     /// Rows times experts.
     pub assignments: u64,
     /// Of those, planned to be computed here.
@@ -50,6 +56,9 @@ impl StepCost {
         self.bytes_in += other.bytes_in;
         self.calls += other.calls;
         self.fallbacks += other.fallbacks;
+        self.hedges += other.hedges;
+        self.hedges_won += other.hedges_won;
+        self.retries += other.retries;
         self.assignments += other.assignments;
         self.assignments_here += other.assignments_here;
     }

@@ -2,33 +2,40 @@
 //!
 //! `send` divides the assignments of a layer (`share`) over the router and the nodes that the routing table names,
 //! builds and sends every call before anything is waited for, the one that is expected to take longest first, and
-//! leaves the rest to the router. `collect` adds the replies to the sums. A call that fails, for whatever reason, is
-//! not repeated elsewhere here: its assignments are computed by `Home` with the same bits. What a node reports as
-//! overflowed is computed by `Home` too, in i64.
+//! leaves the rest to the router. `collect` adds the replies to the sums. A call that is late or fails is repeated
+//! elsewhere by the rules of `attempts`: at other holders, else here, with the same bits. What a node reports as
+//! overflowed is computed here too, in i64. Only where the router must not compute what it does not hold
+//! (`set_fallback`) can an expert be out of reach; then the step fails and says which rows needed it.
 //!
 //! A row travels once per node, however many of its experts are there; a call carries at most
 //! `CALL_PAYLOAD_BYTES_MAX` of rows, more rows make more calls on the prefill lane. What is out for one part of a
 //! step is a `Flight`, so that several parts can be under way.
 
+mod collect;
+mod flight;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_net::hub::{Hub, Lane};
-use mesh_net::pending::{CallError, PendingCall};
-use mesh_proto::routes::{NodeIndex, Routes};
+use mesh_net::pending::PendingCall;
+use mesh_proto::attempts::{HedgeBudget, Standing};
+use mesh_proto::health::{Budget, Doubts};
+use mesh_proto::routes::{self, NodeIndex, Routes};
 use mesh_wire::call::{Assignment as WireAssignment, CallDraft, CallHead};
 use mesh_wire::frame::BUDGET_US_MAX;
 use mesh_wire::payload::RowFormat;
-use mesh_wire::reply::{Reply, Row};
 use model::decoder::workspace::Workspace;
 use model::format::Format;
 use model::home::{Home, HomeError};
 use model::kernel::Assignment;
 use model::kernel::measure::ROWS;
 
-use crate::cost::{StepCost, lap};
-use crate::metrics::{Metrics, NodeCall};
-use crate::share::{self, Curve, Learned, Mode, Place, PlaceIndex, Predicted, ROUTER, Share, node_place};
+use self::flight::{Batch, Outstanding};
+pub use self::flight::{Flight, Unreachable};
+use crate::cost::StepCost;
+use crate::metrics::Metrics;
+use crate::share::{self, Choice, Curve, Learned, Mode, Place, Predicted, ROUTER, Share, node_place};
 
 /// Rows up to which a call takes the decode lane: a prefill reply of megabytes must never be before a decode
 /// reply in a stream, and 16 rows of a model 2048 wide are 64 KB, half a millisecond on a gigabit link.
@@ -64,16 +71,31 @@ pub struct Shape {
     pub expert_bytes: u64,
 }
 
+/// Calls that others have beaten and that may still be answered; more than these are cancelled.
+const LINGERING_MAX: usize = 64;
+
+/// Why a layer cannot be computed.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// Nobody who can be reached holds these experts.
+    #[error("{0}")]
+    Unreachable(Unreachable),
+    /// A kernel refused.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+}
+
 /// The division of layers, and how calls are made.
 #[derive(Debug)]
 pub struct Dispatch {
     hub: Option<Arc<Hub>>,
     shape: Shape,
-    /// Whether the router holds every expert, too.
-    replicated: bool,
+    own: Own,
     routes: Arc<Routes>,
-    /// Whether `routes` names any node.
-    served: bool,
+    peers: Peers,
+    hedges: HedgeBudget,
+    /// Calls that were beaten, for what their answers tell of their nodes.
+    lingering: Vec<Lingering>,
     /// The router, then the nodes.
     places: Vec<Place>,
     view: PlacesView,
@@ -87,48 +109,50 @@ pub struct Dispatch {
     batches: Vec<Batch>,
     spare: Vec<Batch>,
     wire: Vec<WireAssignment>,
-    overflowed: Vec<u32>,
-}
-
-/// What one node gets in one call.
-#[derive(Debug, Default)]
-struct Batch {
-    node: NodeIndex,
-    /// Rows of the part, ascending; a call's row is an index into this.
-    rows: Vec<u32>,
-    /// Rows as in the part.
-    assignments: Vec<Assignment>,
+    /// Assignments on their way from one batch to another, or to `Home`.
+    some: Vec<Assignment>,
 }
 
 #[derive(Debug)]
-struct Outstanding {
-    batch: Batch,
-    sent: Instant,
-    sent_bytes: u64,
-    pending: Option<PendingCall>,
-    /// What its node's table says; none where the node got more than one call of this layer.
+struct Lingering {
+    node: NodeIndex,
+    pending: PendingCall,
     predicted: Option<Predicted>,
 }
 
-/// What is under way of one layer of one part of a step. Dropping or clearing it cancels its calls.
-#[derive(Debug, Default)]
-pub struct Flight {
-    home: Vec<Assignment>,
-    predicted: Predicted,
-    overlapped: bool,
-    out: Vec<Outstanding>,
+/// What the router computes itself.
+#[derive(Clone, Copy, Debug)]
+struct Own {
+    /// It has every expert in memory, whatever the routes say.
+    replicated: bool,
+    /// It may compute what it does not hold, from its mapped files.
+    fallback: bool,
 }
 
-impl Flight {
-    /// Assignments of the current layer that are the router's own.
-    pub fn at_home(&self) -> &[Assignment] {
-        &self.home
+/// How the nodes are doing, as far as this thread knows.
+#[derive(Debug)]
+struct Peers {
+    started: Instant,
+    /// By node: whether the routes name it.
+    serving: Vec<bool>,
+    doubts: Doubts,
+}
+
+impl Peers {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
-    /// Forgets everything; calls that are out are cancelled.
-    pub fn clear(&mut self) {
-        self.home.clear();
-        self.out.clear();
+    /// Any node that can be asked is asked before the router: they compute at the same time.
+    fn standing(&self, hub: Option<&Hub>, node: NodeIndex, now: Duration) -> Standing {
+        if node == routes::ROUTER {
+            return Standing::Good(u32::MAX);
+        }
+        if !self.serving.get(usize::from(node)).is_some_and(|serving| *serving) {
+            return Standing::Out;
+        }
+        let load = hub.map_or(0, |hub| hub.outstanding(node));
+        if self.doubts.of(node, now) { Standing::Doubtful(load) } else { Standing::Good(load) }
     }
 }
 
@@ -143,14 +167,17 @@ pub struct Busy {
 
 impl Dispatch {
     /// A dispatcher over `hub`; without one everything is the router's own. `replicated`: the router holds every
-    /// expert, and its share of those that nodes hold is chosen layer by layer.
+    /// expert, and its share of those that nodes hold is chosen layer by layer. Where it holds some, the routes say so.
     pub fn new(hub: Option<Arc<Hub>>, shape: Shape, replicated: bool) -> Dispatch {
+        let peers = Peers { started: Instant::now(), serving: Vec::new(), doubts: Doubts::default() };
         let mut dispatch = Dispatch {
             hub,
             shape,
-            replicated,
+            own: Own { replicated, fallback: true },
             routes: Arc::new(Routes::default()),
-            served: false,
+            peers,
+            hedges: HedgeBudget::default(),
+            lingering: Vec::new(),
             places: Vec::new(),
             view: PlacesView::default(),
             share: Share::default(),
@@ -162,10 +189,15 @@ impl Dispatch {
             batches: Vec::new(),
             spare: Vec::new(),
             wire: Vec::new(),
-            overflowed: Vec::new(),
+            some: Vec::new(),
         };
         dispatch.places.push(dispatch.place(&[0; ROWS.len()]));
         dispatch
+    }
+
+    /// Whether the router may compute experts that it does not hold, from its mapped files, where no node can.
+    pub fn set_fallback(&mut self, fallback: bool) {
+        self.own.fallback = fallback;
     }
 
     /// Says what the router itself measured (`Home::weight_mb_s`).
@@ -193,7 +225,7 @@ impl Dispatch {
 
     /// Whether any node serves experts.
     pub fn is_served(&self) -> bool {
-        self.served
+        self.peers.serving.contains(&true)
     }
 
     fn place(&self, weight_mb_s: &[u32; ROWS.len()]) -> Place {
@@ -206,16 +238,25 @@ impl Dispatch {
     /// Reads the routes, and with new ones the nodes' tables. Called for every layer: after a miss the rest of the
     /// step must not wait for the same node again.
     fn refresh(&mut self) {
+        if !self.lingering.is_empty() {
+            self.look_after();
+        }
         let Some(hub) = &self.hub else { return };
         let routes = hub.routes();
         if Arc::ptr_eq(&routes, &self.routes) {
             return;
         }
-        self.served = routes.table.all().any(|(_, part)| !part.holders.is_empty());
         self.routes = routes;
-        let tables: Vec<_> = hub.nodes().into_iter().map(|node| node.cluster.hello).collect();
-        for (index, hello) in tables.into_iter().enumerate() {
-            let place = hello.map(|hello| self.place(&hello.weight_mb_s));
+        let nodes = hub.nodes();
+        self.peers.serving.clear();
+        self.peers.serving.resize(nodes.len(), false);
+        for node in self.routes.table.all().flat_map(|(_, part)| part.holders.as_slice()) {
+            if let Some(serving) = self.peers.serving.get_mut(usize::from(*node)) {
+                *serving = true;
+            }
+        }
+        for (index, node) in nodes.into_iter().enumerate() {
+            let place = node.cluster.hello.map(|hello| self.place(&hello.weight_mb_s));
             match (self.places.get_mut(index + 1), place) {
                 // Learned things stay with a node that came back as it was.
                 (Some(known), Some(place)) if known.curve != place.curve => *known = place,
@@ -229,117 +270,161 @@ impl Dispatch {
     }
 
     /// Sends the calls of a layer. `work` is as `Decoder::route` left it.
+    ///
+    /// # Errors
+    /// Experts that nobody holds, where the router may not compute them; nothing is out then.
     pub fn send(
         &mut self,
         layer: usize,
         work: &Workspace,
         (flight, busy): (&mut Flight, Busy),
         cost: &mut StepCost,
-    ) {
-        flight.clear();
+    ) -> Result<(), LayerError> {
+        self.spare.extend(flight.recycle(self.own.fallback));
         cost.assignments += work.assignments.len() as u64;
         let Some(hub) = self.hub.clone() else {
             flight.home.extend_from_slice(&work.assignments);
             cost.assignments_here += work.assignments.len() as u64;
-            return;
+            return Ok(());
         };
         self.refresh();
-        self.divide(layer as u16, work, busy);
+        flight.epoch = self.routes.epoch;
         flight.overlapped = busy.overlapped;
-        self.gather(work, flight);
-        cost.assignments_here += flight.home.len() as u64;
-        flight.predicted = self.share.predicted(ROUTER, &self.places[usize::from(ROUTER)]);
+        self.divide(layer as u16, work, busy);
+        self.gather(layer as u16, work, flight);
         let mut batches = std::mem::take(&mut self.batches);
+        if !flight.lost.is_empty() {
+            self.spare.append(&mut batches);
+            self.batches = batches;
+            return Err(LayerError::Unreachable(Unreachable::new(layer, &flight.lost, String::new())));
+        }
+        cost.assignments_here += flight.kept();
+        flight.predicted = self.share.predicted(ROUTER, &self.places[usize::from(ROUTER)]);
         let share = &self.share;
         batches.sort_by(|a, b| {
             let finish = |batch: &Batch| share.finish_us(node_place(batch.node));
             finish(b).total_cmp(&finish(a))
         });
         for batch in batches.drain(..) {
-            let (sent, before) = (Instant::now(), cost.bytes_out);
-            let pending = self.call(&hub, (layer as u16, &batch), work, cost);
-            let sent_bytes = cost.bytes_out - before;
             let place = node_place(batch.node);
             let known = self.places.get(usize::from(place));
             let predicted = known.map(|known| self.share.predicted(place, known));
-            flight.out.push(Outstanding { batch, sent, sent_bytes, pending, predicted });
+            let (call, budget) = self.call(&hub, (layer as u16, flight.epoch), (&batch, work), cost);
+            self.hedges.earn();
+            let asked = flight.attempts.ask(batch.node, &batch.units, self.peers.now(), budget);
+            if call.pending.is_none() {
+                flight.attempts.failed(asked);
+            }
+            flight.out.push(Outstanding { predicted, batch, ..call });
         }
         self.batches = batches;
-        for index in 1..flight.out.len() {
-            let (before, this) = flight.out.split_at_mut(index);
-            if let Some(same) = before.iter_mut().find(|call| call.batch.node == this[0].batch.node) {
-                (same.predicted, this[0].predicted) = (None, None);
-            }
-        }
+        flight.tell_origins();
+        Ok(())
     }
 
     /// Decides who computes what.
     fn divide(&mut self, layer: u16, work: &Workspace, busy: Busy) {
-        let (routes, replicated) = (&self.routes, self.replicated);
-        let holders = |expert: u16, slot: usize| -> Option<PlaceIndex> {
-            match (routes.node(layer, expert), slot) {
-                (Some(node), 0) => Some(node_place(node)),
-                (Some(_), 1) if replicated => Some(ROUTER),
-                (None, 0) => Some(ROUTER),
-                _ => None,
+        let now = self.peers.now();
+        let (table, peers, own) = (&self.routes.table, &self.peers, self.own);
+        let doubts = peers.doubts.any(now);
+        let parts = |expert: u16, index: usize| -> Option<Choice> {
+            let all = table.parts(layer, expert);
+            let part = all.get(index)?;
+            let whole = all.last().map_or(1, |last| last.to);
+            let width = f32::from(part.to - part.from) / f32::from(whole.max(1));
+            let here = own.replicated && !part.holders.is_empty() && !part.holders.contains(routes::ROUTER);
+            let holders = part.holders.as_slice().iter().copied().chain(here.then_some(routes::ROUTER));
+            let well = |node: &NodeIndex| *node == routes::ROUTER || !peers.doubts.of(*node, now);
+            if doubts && holders.clone().any(|node| well(&node)) {
+                return Some(Choice::new(width, holders.filter(well).map(place_of)));
             }
+            Some(Choice::new(width, holders.map(place_of)))
         };
         let mode = if busy.overlapped { Mode::Overlapped } else { Mode::Alone };
         let (rows, busy_us) = (work.rows as u32, micros(busy.time));
-        let layer = share::Layer { assignments: &work.assignments, rows, busy_us, mode, holders: &holders };
+        let layer = share::Layer { assignments: &work.assignments, rows, busy_us, mode, parts: &parts };
         self.share.divide(&layer, &self.places);
-        if self.replicated {
-            for (index, place) in (0..).zip(&mut self.places) {
-                if self.share.is_idle(index) {
-                    place.learned.idle();
-                }
+        for (index, place) in (0..).zip(&mut self.places) {
+            if self.share.is_idle(index) {
+                place.learned.idle();
             }
         }
     }
 
     /// Puts together what each node gets, in calls of at most the rows that fit in one.
-    fn gather(&mut self, work: &Workspace, flight: &mut Flight) {
+    fn gather(&mut self, layer: u16, work: &Workspace, flight: &mut Flight) {
         let rows_max = CallHead::rows_max(row_format(self.shape.format), hidden(work) as u32) as usize;
         self.open.clear();
         self.open.resize(self.places.len(), None);
+        let routes = Arc::clone(&self.routes);
         for assignment in &work.assignments {
-            let place = self.share.place(assignment.expert);
-            if place == ROUTER {
+            let parts = routes.table.parts(layer, assignment.expert);
+            if parts.is_empty() {
                 flight.home.push(*assignment);
-                continue;
             }
-            let open = &mut self.open[usize::from(place)];
-            let fits =
-                |batch: &Batch| batch.rows.last() == Some(&assignment.row) || batch.rows.len() < rows_max;
-            let index = match open.filter(|index| fits(&self.batches[*index])) {
-                Some(index) => index,
-                None => {
-                    let mut batch = self.spare.pop().unwrap_or_default();
-                    batch.node = place - 1;
-                    batch.rows.clear();
-                    batch.assignments.clear();
-                    self.batches.push(batch);
-                    *open = Some(self.batches.len() - 1);
-                    self.batches.len() - 1
+            for (index, part) in parts.iter().enumerate() {
+                let place = self.share.place(assignment.expert, index);
+                if place != ROUTER {
+                    self.hand_out(place, part, (assignment, rows_max), flight);
+                    continue;
                 }
-            };
-            let batch = &mut self.batches[index];
-            // Rows come in ascending order.
-            if batch.rows.last() != Some(&assignment.row) {
-                batch.rows.push(assignment.row);
+                let Own { replicated, fallback } = self.own;
+                if !(replicated || fallback || part.holders.contains(routes::ROUTER)) {
+                    flight.lost.push(*assignment);
+                } else if parts.len() == 1 {
+                    flight.home.push(*assignment);
+                } else {
+                    flight.keep_slice((part.from, part.to), *assignment);
+                }
             }
-            batch.assignments.push(*assignment);
         }
     }
 
-    /// Builds and sends one call; `None` if it cannot be sent.
+    /// Adds a row's assignment to what a node gets.
+    fn hand_out(
+        &mut self,
+        place: share::PlaceIndex,
+        part: &routes::Part,
+        (assignment, rows_max): (&Assignment, usize),
+        flight: &mut Flight,
+    ) {
+        let open = &mut self.open[usize::from(place)];
+        let fits = |batch: &Batch| batch.rows.last() == Some(&assignment.row) || batch.rows.len() < rows_max;
+        let index = match open.filter(|index| fits(&self.batches[*index])) {
+            Some(index) => index,
+            None => {
+                let mut batch = self.spare.pop().unwrap_or_default();
+                batch.begin(place - 1);
+                self.batches.push(batch);
+                *open = Some(self.batches.len() - 1);
+                self.batches.len() - 1
+            }
+        };
+        let here = self.own.replicated;
+        let unit = self.batches[index].add(assignment);
+        match unit {
+            Some(unit) => flight.attempts.grow(unit, 1),
+            None => {
+                let mut holders = part.holders;
+                if here {
+                    // Without room for it the nodes are enough.
+                    holders.add(routes::ROUTER);
+                }
+                let unit = flight.unit(assignment.expert, (part.from, part.to), holders);
+                self.batches[index].name(assignment.expert, unit);
+            }
+        }
+    }
+
+    /// Builds and sends one call. Without a pending one it cannot be sent.
     fn call(
         &mut self,
         hub: &Hub,
-        (layer, batch): (u16, &Batch),
-        work: &Workspace,
+        (layer, epoch): (u16, u64),
+        (batch, work): (&Batch, &Workspace),
         cost: &mut StepCost,
-    ) -> Option<PendingCall> {
+    ) -> (Outstanding, Budget) {
+        let (sent, mut sent_bytes) = (Instant::now(), 0);
         let mut local = 0;
         self.wire.clear();
         self.wire.extend(batch.assignments.iter().map(|assignment| {
@@ -353,129 +438,62 @@ impl Dispatch {
         let head = CallHead {
             call: self.calls,
             step: self.step,
-            epoch: self.routes.epoch,
+            epoch,
             budget_us: budget.total.as_micros().min(u128::from(BUDGET_US_MAX)) as u32,
             layer,
             format: row_format(self.shape.format),
             hidden: hidden(work) as u32,
             rows: batch.rows.len() as u32,
         };
-        let sent = CallDraft::new(hub.pool(), head, &self.wire).and_then(|mut draft| {
+        let drafted = CallDraft::new(hub.pool(), head, &self.wire).and_then(|mut draft| {
             draft.copy_rows(batch.rows.iter().map(|row| work.input.row(*row as usize)))?;
             Ok(draft.finish())
         });
-        match sent {
+        let pending = match drafted {
             Ok(call) => {
                 let lane = if batch.rows.len() <= DECODE_LANE_ROWS { Lane::Decode } else { Lane::Prefill };
                 cost.calls += 1;
-                cost.bytes_out += call.frame_bytes() as u64;
+                sent_bytes = call.frame_bytes() as u64;
                 Some(hub.send(batch.node, lane, call))
             }
             Err(error) => {
-                tracing::warn!(%error, layer, "a call cannot be built; its experts are computed here");
+                tracing::warn!(%error, layer, "a call cannot be built; its experts are computed elsewhere");
                 None
             }
+        };
+        cost.bytes_out += sent_bytes;
+        (Outstanding { sent, sent_bytes, pending, ..Outstanding::default() }, budget)
+    }
+
+    /// Computes the router's own share of a layer and adds it to `sums` (`[rows, hidden]`).
+    ///
+    /// # Errors
+    /// Weights that are not to be had; what the kernel refuses.
+    pub fn compute(
+        &mut self,
+        layer: usize,
+        (work, flight): (&Workspace, &Flight),
+        (home, sums): (&mut Home, &mut [i64]),
+    ) -> Result<(), LayerError> {
+        let x = work.input.view();
+        home.add(layer, x, &flight.home, sums)
+            .map_err(|error| flight::unreadable(layer, &flight.home, error))?;
+        for (blocks, assignments) in &flight.slices {
+            home.add_slice(layer, *blocks, (x, assignments), sums)
+                .map_err(|error| flight::unreadable(layer, assignments, error))?;
         }
+        Ok(())
     }
 
     /// Learns from the router's own share, which took `time`.
     pub fn computed_here(&mut self, flight: &Flight, time: Duration) {
         self.places[usize::from(ROUTER)].learned.served(flight.predicted, micros(time));
     }
-
-    /// Waits for the replies of `send` and adds them to `sums` (`[rows, hidden]`).
-    pub fn collect(
-        &mut self,
-        layer: usize,
-        (work, flight): (&Workspace, &mut Flight),
-        (home, sums): (&mut Home, &mut [i64]),
-        cost: &mut StepCost,
-    ) -> Result<(), HomeError> {
-        let mut clock = Instant::now();
-        let hidden = hidden(work);
-        let mut out = std::mem::take(&mut flight.out);
-        for mut call in out.drain(..) {
-            let waits = call.pending.as_ref().is_some_and(|pending| !pending.is_done());
-            let reply = call.pending.take().map(PendingCall::wait);
-            let before = clock;
-            lap(&mut clock, &mut cost.wait);
-            match reply {
-                Some(Ok(reply)) => {
-                    let waited = waits.then(|| clock - before);
-                    self.learn(&call, flight.overlapped, &reply, waited);
-                    cost.bytes_in += reply.frame_bytes() as u64;
-                    self.count(&call, Ok(reply.frame_bytes() as u64));
-                    add_rows(&reply, &call.batch.rows, (sums, hidden), &mut self.overflowed);
-                    let overflowed = &self.overflowed;
-                    call.batch.assignments.retain(|assignment| overflowed.contains(&assignment.row));
-                }
-                failed => {
-                    cost.fallbacks += 1;
-                    if let Some(Err(error)) = failed {
-                        self.count(&call, Err(&error));
-                        tracing::info!(%error, layer, "a node did not answer; its experts are computed here");
-                    }
-                }
-            }
-            home.add(layer, work.input.view(), &call.batch.assignments, sums)?;
-            self.spare.push(call.batch);
-            lap(&mut clock, &mut cost.combine);
-        }
-        flight.out = out;
-        Ok(())
-    }
-
-    /// Learns from a reply, for which the router waited so long, if it had to.
-    fn learn(&mut self, call: &Outstanding, overlapped: bool, reply: &Reply, waited: Option<Duration>) {
-        let place = self.places.get_mut(usize::from(node_place(call.batch.node)));
-        let (Some(place), Some(predicted)) = (place, call.predicted) else { return };
-        let (rows, service_us) = (call.batch.rows.len() as u32, reply.head().service_us as f32);
-        place.learned.served(predicted, service_us);
-        if overlapped {
-            place.learned.lagged(rows, waited.map_or(0.0, micros));
-        } else {
-            let beside = micros(call.sent.elapsed()) - service_us;
-            place.learned.travelled(predicted, rows, (beside, waited.map_or(0.0, micros)));
-        }
-    }
-
-    fn count(&self, call: &Outstanding, outcome: Result<u64, &CallError>) {
-        let (Some(metrics), Some(name)) = (&self.metrics, self.names.get(usize::from(call.batch.node)))
-        else {
-            return;
-        };
-        let rows = call.batch.rows.len();
-        match outcome {
-            Ok(received_bytes) => {
-                let (sent_bytes, duration) = (call.sent_bytes, call.sent.elapsed());
-                metrics.node_call(name, NodeCall { rows, sent_bytes, received_bytes, duration });
-            }
-            Err(error) => {
-                let reason = match error {
-                    CallError::Gone => "gone",
-                    CallError::Late => "late",
-                    CallError::Refused { .. } => "refused",
-                    CallError::Rejected { .. } => "rejected",
-                    CallError::Full => "full",
-                };
-                metrics.node_failed(name, reason);
-                metrics.fallback(rows);
-            }
-        }
-    }
 }
 
-/// Adds a reply's rows to those of the part that were sent; `overflowed` gets those it has no sums for.
-fn add_rows(reply: &Reply, sent: &[u32], (sums, hidden): (&mut [i64], usize), overflowed: &mut Vec<u32>) {
-    overflowed.clear();
-    for (row, sent) in reply.view().rows().zip(sent) {
-        let sums = &mut sums[*sent as usize * hidden..][..hidden];
-        match row {
-            Row::I16(part) => sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p)),
-            Row::I32(part) => sums.iter_mut().zip(part).for_each(|(s, p)| *s += i64::from(*p)),
-            Row::Overflow => overflowed.push(*sent),
-        }
-    }
+/// The place of a holder.
+fn place_of(node: NodeIndex) -> share::PlaceIndex {
+    if node == routes::ROUTER { ROUTER } else { node_place(node) }
 }
 
 fn micros(time: Duration) -> f32 {

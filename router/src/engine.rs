@@ -5,7 +5,7 @@
 //! is not finite ends its own request only: the step is planned again without it, and since nothing counts as
 //! computed before a step succeeds, the others lose nothing but time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio::sync::oneshot;
 
 use crate::cost::StepCost;
-use crate::dispatch::PlacesView;
+use crate::dispatch::{LayerError, PlacesView};
 use crate::forward::{Forward, ForwardError, Step};
 use crate::metrics::{Load, Metrics};
 use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Timing, TokenLogprobs};
@@ -355,17 +355,24 @@ impl Engine {
 
     /// Ends the requests that made a step fail.
     fn fail(&mut self, plan: &StepPlan, error: &ForwardError) {
-        let culprit = match error {
-            ForwardError::Decode(DecodeError::NotFinite { row, .. }) => plan.owner(*row),
-            ForwardError::Decode(DecodeError::Kernel(_)) | ForwardError::Home(_) => None,
-        };
-        let (guilty, failure) = match (culprit, error) {
-            (Some(id), error) => (vec![id], GenerateError::Numeric(error.to_string())),
-            (None, ForwardError::Home(_)) => {
-                (plan.ids(), GenerateError::ExpertsUnavailable { experts: error.to_string() })
+        let (guilty, failure) = match error {
+            ForwardError::Decode(DecodeError::NotFinite { row, .. }) => {
+                let owner = plan.owner(*row).map_or_else(|| plan.ids(), |id| vec![id]);
+                (owner, GenerateError::Numeric(error.to_string()))
             }
-            (None, _) => (plan.ids(), GenerateError::Numeric(error.to_string())),
+            // Only those whose rows need what cannot be had; the others' rows are computed again.
+            ForwardError::Layer(LayerError::Unreachable(experts)) => {
+                let owners: BTreeSet<_> =
+                    experts.rows.iter().filter_map(|row| plan.owner(*row as usize)).collect();
+                let failure = GenerateError::ExpertsUnavailable { experts: experts.to_string() };
+                (owners.into_iter().collect(), failure)
+            }
+            ForwardError::Decode(DecodeError::Kernel(_)) | ForwardError::Layer(LayerError::Home(_)) => {
+                (plan.ids(), GenerateError::Numeric(error.to_string()))
+            }
         };
+        // Nobody would be to blame for a row that nobody owns, and the step would fail for ever.
+        let guilty = if guilty.is_empty() { plan.ids() } else { guilty };
         tracing::error!(%error, requests = guilty.len(), "a step failed; its requests end");
         for id in guilty {
             if let Some(live) = self.forget(id) {

@@ -3,7 +3,7 @@
 //! Per layer: attention, gate, one call per node with the rows it must process, the router's own work while the
 //! calls are out (its share of the experts, dense and shared blocks), then the replies are added up. The sum over
 //! experts is an integer sum, so it does not matter who computed what or who answered first; an expert whose node
-//! fails is computed here instead, and the step goes on with the same bits.
+//! fails is computed by another or here, and the step goes on with the same bits.
 //!
 //! A step with many rows is cut into parts that take turns: while the nodes compute the experts of one part, the
 //! router is busy with the attention of the next. A part's attention in a layer runs after that of the part before
@@ -26,7 +26,7 @@ use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
 use crate::cost::{StepCost, lap};
-use crate::dispatch::{Busy, Dispatch, Flight, PlacesView, Shape};
+use crate::dispatch::{Busy, Dispatch, Flight, LayerError, PlacesView, Shape};
 use crate::metrics::Metrics;
 
 /// Rows from which a step over nodes is cut into parts: below, an expert has so few rows that reading its weights
@@ -46,9 +46,9 @@ pub enum ForwardError {
     /// The router's own stages; `DecodeError::NotFinite` names the row whose request must end.
     #[error(transparent)]
     Decode(#[from] DecodeError),
-    /// An expert that no node answers for cannot be computed here either.
+    /// Experts cannot be computed.
     #[error(transparent)]
-    Home(#[from] HomeError),
+    Layer(LayerError),
 }
 
 /// The rows of one step.
@@ -169,6 +169,11 @@ impl Forward {
         Ok(())
     }
 
+    /// Whether experts that no node can be asked for may be computed here, from mapped files.
+    pub fn set_fallback(&mut self, fallback: bool) {
+        self.experts.dispatch.set_fallback(fallback);
+    }
+
     /// Counts calls in `metrics`.
     pub fn count_in(&mut self, metrics: Arc<Metrics>) {
         self.experts.dispatch.count_in(metrics);
@@ -276,10 +281,12 @@ impl Forward {
                 time: started.map_or(Duration::ZERO, |started| started.elapsed()) + *busy,
                 overlapped: started.is_some(),
             };
-            dispatch.send(layer, work, (flight, own), cost);
+            dispatch.send(layer, work, (flight, own), cost).map_err(|error| of_step(error, *first_row))?;
             lap(&mut clock, &mut cost.send);
             let computing = clock;
-            home.add(layer, work.input.view(), flight.at_home(), sums)?;
+            dispatch
+                .compute(layer, (work, flight), (home, sums))
+                .map_err(|error| of_step(error, *first_row))?;
             lap(&mut clock, &mut cost.experts);
             dispatch.computed_here(flight, clock - computing);
         }
@@ -293,10 +300,12 @@ impl Forward {
     /// Ends a layer of one part: waits for its calls and adds everything up.
     fn settle(&mut self, layer: usize, index: usize, cost: &mut StepCost) -> Result<(), ForwardError> {
         let Forward { decoder, parts, experts, .. } = self;
-        let Part { work, flight, sums, .. } = &mut parts[index];
+        let Part { first_row, work, flight, sums, .. } = &mut parts[index];
         let Remote { home, dispatch } = experts;
         if decoder.is_moe(layer) {
-            dispatch.collect(layer, (work, flight), (home, sums), cost)?;
+            dispatch
+                .collect(layer, (work, flight), (home, sums), cost)
+                .map_err(|error| of_step(error, *first_row))?;
         }
         let mut clock = Instant::now();
         decoder.finish(layer, sums, work);
@@ -342,6 +351,17 @@ fn in_step(error: DecodeError, first_row: usize) -> DecodeError {
         }
         other @ DecodeError::Kernel(_) => other,
     }
+}
+
+/// The same for a layer that cannot be computed.
+fn of_step(error: LayerError, first_row: usize) -> ForwardError {
+    ForwardError::Layer(match error {
+        LayerError::Unreachable(mut experts) => {
+            experts.rows.iter_mut().for_each(|row| *row += first_row as u32);
+            LayerError::Unreachable(experts)
+        }
+        other @ LayerError::Home(_) => other,
+    })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use mesh_proto::attempts::Counts;
 use prometheus::{
     Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
@@ -78,6 +79,11 @@ pub struct Metrics {
     node_call_duration: HistogramVec,
     node_failures: IntCounterVec,
     node_up: IntGaugeVec,
+    node_malformed: IntCounterVec,
+    node_stale: IntCounterVec,
+    hedged_calls: IntCounter,
+    hedges_won: IntCounter,
+    retried_calls: IntCounter,
     fallback_calls: IntCounter,
     fallback_rows: IntCounter,
     http_requests: IntCounterVec,
@@ -165,8 +171,19 @@ impl Metrics {
             node_call_duration: r.add(HistogramVec::new(calls, &["node"]))?,
             node_failures: r.counters("node_failures_total", "Calls not answered.", &["node", "reason"])?,
             node_up: r.add(IntGaugeVec::new(opts("node_up", "1 if a node answers."), &["node"]))?,
-            fallback_calls: r.counter("fallback_calls_total", "Calls the router ran for a lost node.")?,
-            fallback_rows: r.counter("fallback_rows_total", "Rows the router ran for a lost node.")?,
+            node_malformed: r.counters(
+                "node_malformed_total",
+                "Messages of a node that no correct node sends.",
+                &["node"],
+            )?,
+            node_stale: r.counters("node_stale_replies_total", "Replies nobody waited for.", &["node"])?,
+            hedged_calls: r.counter("hedged_calls_total", "Calls sent beside others that were late.")?,
+            hedges_won: r.counter("hedges_won_total", "Late calls that others answered first.")?,
+            retried_calls: r.counter("retried_calls_total", "Calls sent for others that had failed.")?,
+            fallback_calls: r
+                .counter("fallback_calls_total", "Times the router ran what was sent to a node.")?,
+            fallback_rows: r
+                .counter("fallback_rows_total", "Rows the router ran that were sent to a node.")?,
             http_requests: r.counters("http_requests_total", "HTTP answers.", &["route", "status"])?,
             http_in_flight: r.gauge("http_requests_in_flight", "HTTP requests being answered.")?,
             http_duration: r.histogram(
@@ -249,7 +266,22 @@ impl Metrics {
         self.node_up.with_label_values(&[node]).set(i64::from(up));
     }
 
-    /// The router ran a call's experts itself.
+    /// What a node has sent so far that no correct node sends, and replies nobody waited for.
+    pub fn node_nonsense(&self, node: &str, malformed: u64, stale: u64) {
+        for (series, now) in [(&self.node_malformed, malformed), (&self.node_stale, stale)] {
+            let counter = series.with_label_values(&[node]);
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
+    }
+
+    /// What was done about calls of one layer that were late or failed.
+    pub fn calls_repeated(&self, counts: &Counts) {
+        self.hedged_calls.inc_by(counts.hedges);
+        self.hedges_won.inc_by(counts.hedges_won);
+        self.retried_calls.inc_by(counts.retries);
+    }
+
+    /// The router ran itself what was sent to a node.
     pub fn fallback(&self, rows: usize) {
         self.fallback_calls.inc();
         self.fallback_rows.inc_by(rows as u64);
@@ -292,6 +324,9 @@ mod tests {
         metrics.node_failed("a", "timeout");
         metrics.node_up("a", true);
         metrics.fallback(4);
+        metrics.node_nonsense("a", 2, 5);
+        metrics.node_nonsense("a", 2, 7);
+        metrics.calls_repeated(&Counts { hedges: 3, hedges_won: 2, retries: 1, ..Counts::default() });
         metrics.http_started();
         metrics.http_finished("/v1/models", 200, Duration::from_millis(1));
         let text = metrics.render().unwrap();
@@ -305,6 +340,11 @@ mod tests {
             "moemesh_time_to_first_token_seconds_count 1",
             "moemesh_http_requests_total{route=\"/v1/models\",status=\"200\"} 1",
             "moemesh_http_requests_in_flight 0",
+            "moemesh_node_malformed_total{node=\"a\"} 2",
+            "moemesh_node_stale_replies_total{node=\"a\"} 7",
+            "moemesh_hedged_calls_total 3",
+            "moemesh_hedges_won_total 2",
+            "moemesh_retried_calls_total 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }

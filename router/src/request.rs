@@ -171,8 +171,11 @@ pub enum GenerateError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// No copy of an expert is reachable and the router has none.
-    #[error("experts {experts} are held by no reachable machine; bring one of their nodes back")]
+    /// No copy of an expert is reachable and the router has none, or must not use it.
+    #[error(
+        "no machine that can be reached holds (layer/expert) {experts}; bring a node back, or start the router \
+         without --no-fallback"
+    )]
     ExpertsUnavailable {
         /// Their names.
         experts: String,
@@ -183,6 +186,23 @@ pub enum GenerateError {
     /// The router is stopping.
     #[error("the router is shutting down")]
     Stopping,
+}
+
+/// Most experts that an error names.
+const NAMED_MAX: usize = 8;
+
+/// Experts (layer, number) for an error: `layer/expert`, the first `NAMED_MAX`, and how many more.
+pub fn name_experts(experts: impl Iterator<Item = (u16, u16)>) -> String {
+    let mut experts = experts;
+    let mut text = String::new();
+    for (layer, expert) in experts.by_ref().take(NAMED_MAX) {
+        let before = if text.is_empty() { "" } else { ", " };
+        text += &format!("{before}{layer}/{expert}");
+    }
+    match experts.count() {
+        0 => text,
+        more => format!("{text} and {more} more"),
+    }
 }
 
 /// A request on its way to the engine thread.
@@ -271,5 +291,19 @@ impl EngineHandle {
             // An error means that the thread is gone, which is what was asked for.
             ended.await.ok();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_a_few_experts_and_how_many_more() {
+        let of = |count: u16| name_experts((0..count).map(|expert| (3, expert)));
+        assert_eq!((of(0), of(2)), (String::new(), "3/0, 3/1".to_owned()));
+        assert_eq!(of(8), "3/0, 3/1, 3/2, 3/3, 3/4, 3/5, 3/6, 3/7");
+        assert_eq!(of(9), "3/0, 3/1, 3/2, 3/3, 3/4, 3/5, 3/6, 3/7 and 1 more");
+        assert!(of(u16::MAX).ends_with("3/7 and 65527 more"));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
@@ -13,6 +13,7 @@ use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
+use mesh_proto::routes::Routes;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
 use model::kernel::Kernels;
@@ -28,7 +29,7 @@ use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
 use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
-use crate::request::{EngineFacts, EngineHandle};
+use crate::request::{EngineFacts, EngineHandle, GenerateError, name_experts};
 use crate::scheduler::LimitsError;
 use crate::share::Place;
 
@@ -42,6 +43,8 @@ pub struct RouterConfig {
     pub mesh: Option<MeshConfig>,
     /// Whether the router holds every expert too, and computes its share of each layer.
     pub replicate: bool,
+    /// Whether the router computes experts that no node can be asked for, from its packed model.
+    pub fallback: bool,
     /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
     pub memory_bytes: Option<u64>,
     /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
@@ -207,7 +210,15 @@ pub async fn run(
         nodes = wait_for_nodes(&config, hub.clone()) => nodes,
         () = &mut stop => return Ok(()),
     };
-    let view = ClusterView { hub: hub.clone(), status, places, engine: handle.clone() };
+    let view = ClusterView {
+        hub: hub.clone(),
+        status,
+        places,
+        engine: handle.clone(),
+        // Then every expert is within reach, always.
+        reachable: config.fallback || config.replicate || hub.is_none(),
+        unreachable: Mutex::default(),
+    };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
@@ -322,6 +333,7 @@ fn load(
         Some(hub) => Experts::Nodes(hub),
     };
     let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
+    forward.set_fallback(config.fallback);
     forward.preload(progress).map_err(|error| RouterError::Start(error.to_string()))?;
     let facts = EngineFacts {
         context: config.model.config.context,
@@ -376,24 +388,65 @@ struct ClusterView {
     status: StatusView,
     places: PlacesView,
     engine: EngineHandle,
+    /// Whether the router can compute every expert.
+    reachable: bool,
+    /// By the routes it was found in: the experts that nobody can compute.
+    unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
+}
+
+impl ClusterView {
+    /// The experts that nobody can compute at the moment, named; looked for once per table.
+    fn unreachable(&self) -> Option<String> {
+        let hub = self.hub.as_ref().filter(|_| !self.reachable)?;
+        let routes = hub.routes();
+        let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {
+            return named.clone();
+        }
+        let nobodys = routes.table.all().filter(|(_, part)| part.holders.is_empty());
+        let mut keys: Vec<(u16, u16)> = nobodys.map(|(key, _)| (key.layer, key.expert)).collect();
+        keys.dedup();
+        let named = (!keys.is_empty()).then(|| name_experts(keys.into_iter()));
+        *known = Some((routes, named.clone()));
+        named
+    }
 }
 
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
         let places = self.places.read();
-        let nodes = self.hub.iter().flat_map(|hub| hub.nodes());
+        let nodes: Vec<NodeStatus> = self.hub.iter().flat_map(|hub| hub.nodes()).collect();
+        let mut router = router_json(&self.status.read(), places.first());
+        let counters = || nodes.iter().map(|node| &node.counters);
+        router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
+        router["stale"] = counters().map(|counters| counters.stale).sum::<u64>().into();
         let nodes: Vec<Value> =
-            (1..).zip(nodes).map(|(place, node)| node_json(&node, places.get(place))).collect();
-        json!({"nodes": nodes, "router": router_json(&self.status.read(), places.first())})
+            (1..).zip(&nodes).map(|(place, node)| node_json(node, places.get(place))).collect();
+        json!({"nodes": nodes, "router": router})
     }
 
     fn trouble(&self) -> Option<String> {
-        self.engine.is_closed().then(|| "the engine has ended; restart the router".to_owned())
+        if self.engine.is_closed() {
+            return Some("the engine has ended; restart the router".to_owned());
+        }
+        let experts = self.unreachable()?;
+        let serving = |node: &NodeStatus| node.cluster.state == NodeState::Serving;
+        if !self.hub.iter().flat_map(|hub| hub.nodes()).any(|node| serving(&node)) {
+            return Some(
+                "no node serves, and the router computes no experts itself (--no-fallback)".to_owned(),
+            );
+        }
+        Some(GenerateError::ExpertsUnavailable { experts }.to_string())
+    }
+
+    fn refusal(&self) -> Option<GenerateError> {
+        self.unreachable().map(|experts| GenerateError::ExpertsUnavailable { experts })
     }
 
     fn refresh(&self, metrics: &Metrics) {
         for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
             metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
+            metrics.node_nonsense(&node.name, node.counters.rejected, node.counters.stale);
         }
     }
 }
@@ -426,6 +479,8 @@ fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
         "gone": counters.gone,
         "refused": counters.refused,
         "rejected": counters.rejected,
+        "malformed": counters.rejected,
+        "hedged": counters.hedged,
         "stale": counters.stale,
         "connections": counters.connections,
         "service_us": micros(status.call_means.map(|means| means.0)),
@@ -448,6 +503,9 @@ fn router_json(status: &EngineStatus, place: Option<&Place>) -> Value {
         "preemptions": status.preemptions,
         "calls": cost.calls,
         "fallbacks": cost.fallbacks,
+        "hedges": cost.hedges,
+        "hedges_won": cost.hedges_won,
+        "retries": cost.retries,
         "bytes_out": cost.bytes_out,
         "bytes_in": cost.bytes_in,
         "home_bytes": status.home_bytes,

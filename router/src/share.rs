@@ -1,8 +1,8 @@
 //! Who computes which experts of a layer, so that all places finish together.
 //!
-//! A layer is over when the slowest of its places is. Where an expert can be computed at more than one place (on the
-//! router and on a node), the choice is a scheduling problem: jobs are experts with their rows, machines are places,
-//! wanted is the smallest latest finish. Experts go, the costliest first and those with least choice before others,
+//! A layer is over when the slowest of its places is. Where an expert, or a slice of it, can be computed at more than
+//! one place (on two nodes, or on the router and a node), the choice is a scheduling problem: jobs are experts or their
+//! slices with their rows, machines are places, wanted is the smallest latest finish. Experts go, the costliest first and those with least choice before others,
 //! to the place that would finish them earliest (Graham's LPT rule); then, while it helps, one expert leaves the
 //! place that finishes last, directly or by way of a third place. For the handful of experts of a decode row that
 //! is the optimum in all but contrived cases, and for the hundred of a prompt it is within an expert of it.
@@ -11,7 +11,7 @@
 //! calls since then took over what the table said, plus what a call costs beside computing (`Learned`). An answer
 //! that is wrong costs time, never a bit: sums over experts are integers.
 //!
-//! No clock, no IO; nothing is allocated once the largest layer has been seen. Experts are not split.
+//! No clock, no IO; nothing is allocated once the largest layer has been seen. How experts are cut is not decided here.
 
 use model::kernel::Assignment;
 use model::kernel::measure::ROWS;
@@ -258,6 +258,41 @@ pub struct Predicted {
     pub few: bool,
 }
 
+/// Most places that are considered for one part of an expert.
+pub const CHOICES_MAX: usize = 8;
+
+/// A part of an expert, and where it can be computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// How much of the expert it is, 1 for all.
+    width: f32,
+    places: [PlaceIndex; CHOICES_MAX],
+    count: u8,
+}
+
+impl Choice {
+    /// So much of an expert (1 for all), and the first `CHOICES_MAX` of its places. Without any it is the router's.
+    pub fn new(width: f32, places: impl IntoIterator<Item = PlaceIndex>) -> Choice {
+        let mut choice = Choice { width, places: [ROUTER; CHOICES_MAX], count: 0 };
+        for (slot, place) in choice.places.iter_mut().zip(places) {
+            *slot = place;
+            choice.count += 1;
+        }
+        choice
+    }
+
+    fn places(&self) -> &[PlaceIndex] {
+        &self.places[..usize::from(self.count)]
+    }
+}
+
+/// What `Layer` needs of experts that are all whole: `holders(expert, i)` is the i-th place that holds one.
+pub fn whole(
+    holders: &dyn Fn(u16, usize) -> Option<PlaceIndex>,
+) -> impl Fn(u16, usize) -> Option<Choice> + '_ {
+    |expert, part| (part == 0).then(|| Choice::new(1.0, (0..).map_while(|slot| holders(expert, slot))))
+}
+
 /// One layer to be divided.
 #[derive(Clone, Copy)]
 pub struct Layer<'a> {
@@ -269,8 +304,8 @@ pub struct Layer<'a> {
     pub busy_us: f32,
     /// How calls are waited for.
     pub mode: Mode,
-    /// `holders(expert, i)`: the i-th place that holds the expert, in any order; every expert has at least one.
-    pub holders: &'a dyn Fn(u16, usize) -> Option<PlaceIndex>,
+    /// `parts(expert, i)`: its i-th part; one that has none is the router's.
+    pub parts: &'a dyn Fn(u16, usize) -> Option<Choice>,
 }
 
 /// Its size: what holds what is a function.
@@ -280,13 +315,21 @@ impl std::fmt::Debug for Layer<'_> {
     }
 }
 
-/// An expert with rows, and where it is to be computed.
+/// A part of an expert with rows, and where it is to be computed.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     expert: u16,
+    part: u16,
     rows: u32,
     place: PlaceIndex,
-    choices: u16,
+    choice: Choice,
+}
+
+impl Piece {
+    /// Microseconds at a place.
+    fn us(&self, at: &Place) -> f32 {
+        at.us(self.rows) * self.choice.width
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -296,6 +339,8 @@ struct Load {
     /// Of whatever it does besides.
     start_us: f32,
     experts: u32,
+    /// Whether it could have had more or others.
+    asked: bool,
     /// Whether it is busy even without experts: the router, with its own stages.
     always: bool,
 }
@@ -310,8 +355,10 @@ impl Load {
 /// The division, and the memory it needs.
 #[derive(Debug, Default)]
 pub struct Share {
-    /// By expert: rows while counting, then index into `pieces`.
+    /// By expert: where its parts begin in `entries`.
     slots: Vec<u32>,
+    /// Indices into `pieces`, the parts of an expert in order.
+    entries: Vec<u32>,
     pieces: Vec<Piece>,
     loads: Vec<Load>,
 }
@@ -331,23 +378,25 @@ impl Share {
             always: index == usize::from(ROUTER),
             ..Load::default()
         }));
-        self.spread(layer, places);
-        let free = self.pieces.iter().any(|piece| piece.choices > 1);
+        self.spread(places);
+        let free = self.pieces.iter().any(|piece| piece.choice.count > 1);
         for _ in 0..if free { MOVES_MAX } else { 0 } {
-            if !self.improve(layer, places) {
+            if !self.improve(places) {
                 break;
             }
         }
         for (index, piece) in self.pieces.iter().enumerate() {
-            self.slots[usize::from(piece.expert)] = index as u32;
+            let first = self.slots[usize::from(piece.expert)];
+            self.entries[first as usize + usize::from(piece.part)] = index as u32;
         }
     }
 
-    /// Where `expert` is to be computed; the router, if it is not in the layer.
-    pub fn place(&self, expert: u16) -> PlaceIndex {
-        let slot = self.slots.get(usize::from(expert)).copied().unwrap_or(u32::MAX);
-        let piece = self.pieces.get(slot as usize).filter(|piece| piece.expert == expert);
-        piece.map_or(ROUTER, |piece| piece.place)
+    /// Where a part of `expert` is to be computed; the router, if it is not in the layer.
+    pub fn place(&self, expert: u16, part: usize) -> PlaceIndex {
+        let first = self.slots.get(usize::from(expert)).copied().unwrap_or(u32::MAX) as usize;
+        let entry = self.entries.get(first.saturating_add(part));
+        let piece = entry.and_then(|index| self.pieces.get(*index as usize));
+        piece.filter(|piece| piece.expert == expert).map_or(ROUTER, |piece| piece.place)
     }
 
     /// When a place is expected to be done, microseconds from now.
@@ -364,64 +413,88 @@ impl Share {
     pub fn predicted(&self, place: PlaceIndex, of: &Place) -> Predicted {
         let own = self.pieces.iter().filter(|piece| piece.place == place);
         let (us, rows, experts) = own.fold((0.0, 0, 0), |(us, rows, experts), piece| {
-            (us + of.curve.us(piece.rows), rows + piece.rows, experts + 1)
+            (us + of.curve.us(piece.rows) * piece.choice.width, rows + piece.rows, experts + 1)
         });
         Predicted { us, few: rows <= experts * FEW_ROWS }
     }
 
     /// Whether a place got nothing that it could have computed.
     pub fn is_idle(&self, place: PlaceIndex) -> bool {
-        self.loads.get(usize::from(place)).is_some_and(|load| load.experts == 0)
+        self.loads.get(usize::from(place)).is_some_and(|load| load.asked && load.experts == 0)
     }
 
     /// Collects the experts that have rows: costliest first, those with least choice before all.
     fn count(&mut self, layer: &Layer<'_>, places: &[Place]) {
         self.pieces.clear();
         self.slots.clear();
+        self.entries.clear();
         for assignment in layer.assignments {
             let expert = usize::from(assignment.expert);
             if self.slots.len() <= expert {
                 self.slots.resize(expert + 1, u32::MAX);
             }
             if self.slots[expert] == u32::MAX {
-                self.slots[expert] = self.pieces.len() as u32;
-                let held = |slot: &usize| (layer.holders)(assignment.expert, *slot).is_some();
-                let choices = (0..places.len().max(1)).take_while(held).count() as u16;
-                self.pieces.push(Piece { expert: assignment.expert, rows: 0, place: ROUTER, choices });
+                self.slots[expert] = self.entries.len() as u32;
+                self.take_up(layer, places.len(), assignment.expert);
             }
-            self.pieces[self.slots[expert] as usize].rows += 1;
+            for entry in self.slots[expert] as usize.. {
+                let piece = self.entries.get(entry).and_then(|index| self.pieces.get_mut(*index as usize));
+                let Some(piece) = piece.filter(|piece| piece.expert == assignment.expert) else { break };
+                piece.rows += 1;
+            }
         }
-        self.pieces
-            .sort_unstable_by_key(|piece| (piece.choices, std::cmp::Reverse(piece.rows), piece.expert));
+        self.pieces.sort_unstable_by_key(|piece| {
+            (piece.choice.count, std::cmp::Reverse(piece.rows), piece.expert, piece.part)
+        });
+    }
+
+    /// Adds the parts of an expert, without rows.
+    fn take_up(&mut self, layer: &Layer<'_>, places: usize, expert: u16) {
+        for part in 0.. {
+            let choice = match (layer.parts)(expert, part) {
+                Some(choice) => choice,
+                None if part == 0 => Choice::new(1.0, []),
+                None => break,
+            };
+            let known = choice.places().iter().copied().filter(|place| usize::from(*place) < places);
+            let choice = Choice::new(choice.width, known);
+            self.entries.push(self.pieces.len() as u32);
+            let part = u16::try_from(part).unwrap_or(u16::MAX);
+            self.pieces.push(Piece { expert, part, rows: 0, place: ROUTER, choice });
+            if choice.width >= 1.0 {
+                break;
+            }
+        }
     }
 
     /// Gives every piece to the place that would have it done first.
-    fn spread(&mut self, layer: &Layer<'_>, places: &[Place]) {
+    fn spread(&mut self, places: &[Place]) {
         for index in 0..self.pieces.len() {
             let piece = self.pieces[index];
             let mut best = (ROUTER, f32::INFINITY);
-            for place in holders(layer, places, piece.expert) {
-                let cost = places[usize::from(place)].us(piece.rows);
-                let finish = self.loads[usize::from(place)].finish_us(cost, 1);
+            for place in piece.choice.places().iter().copied() {
+                let load = &mut self.loads[usize::from(place)];
+                load.asked = true;
+                let finish = load.finish_us(piece.us(&places[usize::from(place)]), 1);
                 if finish < best.1 {
                     best = (place, finish);
                 }
             }
             self.pieces[index].place = best.0;
-            self.give(places, best.0, piece.rows, 1);
+            self.give(places, best.0, &piece, 1);
         }
     }
 
     /// Adds (or takes, with -1) an expert.
-    fn give(&mut self, places: &[Place], place: PlaceIndex, rows: u32, sign: i32) {
+    fn give(&mut self, places: &[Place], place: PlaceIndex, piece: &Piece, sign: i32) {
         let Some(at) = places.get(usize::from(place)) else { return };
         let load = &mut self.loads[usize::from(place)];
-        load.us = (load.us + at.us(rows) * sign as f32).max(0.0);
+        load.us = (load.us + piece.us(at) * sign as f32).max(0.0);
         load.experts = load.experts.saturating_add_signed(sign);
     }
 
     /// Moves one expert away from the place that finishes last, or one there for one here. False if nothing helps.
-    fn improve(&mut self, layer: &Layer<'_>, places: &[Place]) -> bool {
+    fn improve(&mut self, places: &[Place]) -> bool {
         let finish = |load: &Load| load.finish_us(0.0, 0);
         let last =
             (0..self.loads.len()).max_by(|a, b| finish(&self.loads[*a]).total_cmp(&finish(&self.loads[*b])));
@@ -429,43 +502,37 @@ impl Share {
         let now = finish(&self.loads[usize::from(last)]);
         let mut best: (f32, Option<Move>) = (now - GAIN_US, None);
         for (index, piece) in self.pieces.iter().enumerate() {
-            if piece.place != last || piece.choices < 2 {
+            if piece.place != last || piece.choice.count < 2 {
                 continue;
             }
-            for to in holders(layer, places, piece.expert).filter(|to| *to != last) {
+            for to in piece.choice.places().iter().copied().filter(|to| *to != last) {
                 let first = Move { index, to, then: None };
                 let after = self.after(places, last, &first);
                 if after < best.0 {
                     best = (after, Some(first));
                 }
                 if self.pieces.len() <= DETOUR_MAX {
-                    self.detours(layer, places, (last, first), &mut best);
+                    self.detours(places, (last, first), &mut best);
                 }
             }
         }
         let Some(chosen) = best.1 else { return false };
         for (index, to) in std::iter::once((chosen.index, chosen.to)).chain(chosen.then) {
             let piece = self.pieces[index];
-            self.give(places, piece.place, piece.rows, -1);
-            self.give(places, to, piece.rows, 1);
+            self.give(places, piece.place, &piece, -1);
+            self.give(places, to, &piece, 1);
             self.pieces[index].place = to;
         }
         true
     }
 
     /// Moves that make room at `first.to` by sending on one expert that is there.
-    fn detours(
-        &self,
-        layer: &Layer<'_>,
-        places: &[Place],
-        (last, first): (PlaceIndex, Move),
-        best: &mut (f32, Option<Move>),
-    ) {
+    fn detours(&self, places: &[Place], (last, first): (PlaceIndex, Move), best: &mut (f32, Option<Move>)) {
         for (index, piece) in self.pieces.iter().enumerate() {
-            if piece.place != first.to || piece.choices < 2 {
+            if piece.place != first.to || piece.choice.count < 2 {
                 continue;
             }
-            for to in holders(layer, places, piece.expert).filter(|to| *to != first.to) {
+            for to in piece.choice.places().iter().copied().filter(|to| *to != first.to) {
                 let both = Move { then: Some((index, to)), ..first };
                 let after = self.after(places, last, &both);
                 if after < best.0 {
@@ -482,7 +549,7 @@ impl Share {
             let (mut us, mut experts) = (0.0, 0);
             for (index, to) in steps() {
                 let piece = &self.pieces[index];
-                let cost = places[usize::from(place)].us(piece.rows);
+                let cost = piece.us(&places[usize::from(place)]);
                 if piece.place == place {
                     (us, experts) = (us - cost, experts - 1);
                 }
@@ -502,16 +569,6 @@ struct Move {
     index: usize,
     to: PlaceIndex,
     then: Option<(usize, PlaceIndex)>,
-}
-
-/// The places that hold an expert and are known.
-fn holders<'a>(
-    layer: &'a Layer<'_>,
-    places: &'a [Place],
-    expert: u16,
-) -> impl Iterator<Item = PlaceIndex> + 'a {
-    let all = (0..places.len()).map_while(move |slot| (layer.holders)(expert, slot));
-    all.filter(|place| usize::from(*place) < places.len())
 }
 
 #[cfg(test)]

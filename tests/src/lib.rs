@@ -1,5 +1,7 @@
 //! Harness for tests that cross crates: where the fixtures are, and a cluster in one process.
 
+pub mod scripted;
+
 pub mod cluster;
 
 use std::path::{Path, PathBuf};

@@ -48,6 +48,10 @@ pub(crate) struct Options {
     /// and nodes finish together (takes the memory for it). none: only what no node holds
     #[arg(long, value_enum, default_value_t = Replicate::None, requires = "roster")]
     replicate: Replicate,
+    /// Compute no experts that are meant for nodes, not even while no node can be asked: requests that need them fail
+    /// with status 503 instead of being slow (for routers without the memory or the disk for it)
+    #[arg(long, requires = "roster")]
+    no_fallback: bool,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
@@ -95,6 +99,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let config = RouterConfig {
         mesh,
         replicate: options.replicate == Replicate::All,
+        fallback: !options.no_fallback,
         memory_bytes: memory::available(),
         require_exact: options.model.require_exact(),
         http: options.http,

@@ -288,6 +288,13 @@ impl Hub {
         pending
     }
 
+    /// Counts a call of this node that others were asked to answer as well.
+    pub fn note_hedged(&self, node: NodeIndex) {
+        if let Some(seat) = self.shared.seats.get(usize::from(node)) {
+            seat.tally.update(|counters| counters.hedged += 1);
+        }
+    }
+
     /// Waits until at least `nodes` nodes are connected and everyone who is part of the plan serves it.
     /// False where that is not so within `timeout`.
     pub fn wait_ready(&self, nodes: usize, timeout: Duration) -> bool {

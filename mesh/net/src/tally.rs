@@ -31,6 +31,8 @@ pub struct NodeCounters {
     pub rejected: u64,
     /// Replies to calls nobody waits for (late, repeated, invented), dropped.
     pub stale: u64,
+    /// Calls that were late, so that others were asked as well.
+    pub hedged: u64,
     /// Calls that were cancelled by the router.
     pub cancelled: u64,
     /// Calls lost with their lane or connection.

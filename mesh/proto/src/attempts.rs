@@ -196,8 +196,8 @@ pub struct Attempts {
     /// What `Units` point into.
     lists: Vec<Unit>,
     todo: VecDeque<Step>,
-    /// Units of calls that failed.
-    retry: Vec<Unit>,
+    /// Units of calls that failed. Each list by itself: what fits in one call fits in one again.
+    retry: VecDeque<Units>,
     /// Units not accounted for.
     left: usize,
     fallback: bool,
@@ -261,6 +261,11 @@ impl Attempts {
         self.calls.get(call as usize).map_or(&[], |call| self.list(call.units))
     }
 
+    /// The call that this one was sent to race, while both are out.
+    pub fn rival_of(&self, call: Call) -> Option<Call> {
+        self.calls.get(call as usize)?.rival_of
+    }
+
     /// What was done about trouble since `clear`.
     pub fn counts(&self) -> Counts {
         self.counts
@@ -300,7 +305,7 @@ impl Attempts {
             return;
         }
         if rivals.1 == 0 {
-            self.retry.extend_from_slice(&self.lists[units.from as usize..units.to as usize]);
+            self.retry.push_back(units);
             return;
         }
         for rival in rivals.0..rivals.0 + rivals.1 {
@@ -309,8 +314,7 @@ impl Attempts {
             match state.state {
                 State::Held => self.add(rival),
                 State::Closed => {
-                    let units = state.units;
-                    self.retry.extend_from_slice(&self.lists[units.from as usize..units.to as usize]);
+                    self.retry.push_back(state.units);
                 }
                 State::Open | State::Unsent => {}
             }
@@ -329,8 +333,8 @@ impl Attempts {
             if let Some(step) = self.todo.pop_front() {
                 return step;
             }
-            if !self.retry.is_empty() {
-                self.place(standing);
+            if let Some(units) = self.retry.pop_front() {
+                self.place(units, standing);
                 continue;
             }
             if self.left == 0 {
@@ -454,18 +458,17 @@ impl Attempts {
         known.filter(|(standing, _)| *standing != Standing::Out).min()
     }
 
-    /// Finds somebody for the units of failed calls.
-    fn place(&mut self, standing: &dyn Fn(NodeIndex) -> Standing) {
+    /// Finds somebody for the units of a failed call.
+    fn place(&mut self, units: Units, standing: &dyn Fn(NodeIndex) -> Standing) {
         self.chosen.clear();
         let nobody = self.lists.len();
-        for index in 0..self.retry.len() {
-            let unit = self.retry[index];
+        for index in units.from..units.to {
+            let unit = self.lists[index as usize];
             match self.best(unit, standing) {
                 Some((_, node)) => self.chosen.push((node, unit)),
                 None => self.lists.push(unit),
             }
         }
-        self.retry.clear();
         let units = Units { from: nobody as u32, to: self.lists.len() as u32 };
         if self.fallback {
             self.compute(units, true);

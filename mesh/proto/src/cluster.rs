@@ -291,15 +291,14 @@ impl Cluster {
         }
     }
 
-    /// As `self`, with an earlier router's plan: nodes that come back are asked for what they hold. Only before the
-    /// first event.
-    pub fn with_previous(mut self, stored: Stored) -> Cluster {
+    /// Takes up an earlier router's plan: nodes that come back are asked for what they hold. Before the first event, and
+    /// with all members that the plan names.
+    pub fn restore(&mut self, stored: Stored) {
         let Stored { epoch, plan } = stored;
         if epoch < EPOCH_MAX {
             self.current = Some(Stage { epoch, since: Duration::ZERO, plan });
             self.restored = true;
         }
-        self
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
@@ -419,7 +418,7 @@ impl Cluster {
         self.current.as_ref().map(|stage| &stage.plan)
     }
 
-    /// The newest plan, in use or being loaded: what `with_previous` takes after a restart. Its epoch tells whether
+    /// The newest plan, in use or being loaded: what `restore` takes after a restart. Its epoch tells whether
     /// it is a new one.
     pub fn newest(&self) -> Option<Stored> {
         let newest = self.next.as_ref().or(self.current.as_ref())?;
@@ -583,21 +582,6 @@ impl Cluster {
         self.nodes[usize::from(node)].link = Some(link);
     }
 
-    /// Its connection is gone. If that happens again and again, the routes shall not flap with it.
-    fn lost(&mut self, now: Duration, node: NodeIndex, actions: &mut Vec<Action>) {
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
-        let Some(link) = entry.link.take().filter(|link| !link.leaving) else { return };
-        drop(link);
-        let Some(pause) = entry.flaps.lost(now) else { return };
-        entry.barred = true;
-        if entry.is_quarantined() {
-            return;
-        }
-        let note =
-            format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
-        self.report(node, note, actions);
-    }
-
     /// An earlier router's plan that is older than what a node holds was not its last. It gets an epoch beyond all, and
     /// nodes that are here are asked again.
     fn outgrow(&mut self, held_epoch: u64, actions: &mut Vec<Action>) {
@@ -613,6 +597,21 @@ impl Cluster {
             link.current = Order::Sent;
             actions.push(place(&self.facts, stage, node));
         }
+    }
+
+    /// Its connection is gone. If that happens again and again, the routes shall not flap with it.
+    fn lost(&mut self, now: Duration, node: NodeIndex, actions: &mut Vec<Action>) {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        let Some(link) = entry.link.take().filter(|link| !link.leaving) else { return };
+        drop(link);
+        let Some(pause) = entry.flaps.lost(now) else { return };
+        entry.barred = true;
+        if entry.is_quarantined() {
+            return;
+        }
+        let note =
+            format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
+        self.report(node, note, actions);
     }
 
     fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {

@@ -12,8 +12,6 @@ pub mod stored;
 
 pub mod placement;
 
-pub mod attempts;
-
 pub mod layout;
 
 pub mod cost;
@@ -21,6 +19,8 @@ pub mod cost;
 pub mod draws;
 
 pub mod machine;
+
+pub mod attempts;
 
 pub mod health;
 

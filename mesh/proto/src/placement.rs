@@ -359,10 +359,10 @@ impl<'a> Search<'a> {
         if let Some(before) = cuts_before.and_then(|before| cuts.iter().position(|cuts| *cuts == before)) {
             cuts[..=before].rotate_right(1);
         }
-        let mut best = self.scored(Outline { weights: self.weights(all), cuts: cuts[0] }, COARSE_DRAWS);
+        let mut best = self.scored(self.outline(all, cuts[0]), COARSE_DRAWS);
         for first in prefixes(all) {
             for cuts in cuts.iter().filter(|cuts| usize::from(**cuts) <= first.max(1)) {
-                let outline = Outline { weights: self.weights(first), cuts: *cuts };
+                let outline = self.outline(first, *cuts);
                 let fewer = outline.weights.iter().filter(|weight| **weight > 0).count() < all;
                 let margin = if self.light && fewer { BETTER_LIGHT } else { BETTER };
                 if !(fewer && self.splits_equals(first)) {
@@ -383,9 +383,14 @@ impl<'a> Search<'a> {
         let mut best = self.scored(outline, FINE_DRAWS);
         for first in [used + 1, used.saturating_sub(1)] {
             if (1..=self.nodes.len()).contains(&first) {
-                let outline = Outline { weights: self.weights(first), cuts: best.0.cuts };
+                let outline = self.outline(first, best.0.cuts);
                 self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
             }
+        }
+        let used = best.0.weights.iter().filter(|weight| **weight > 0).count();
+        for slack in SLACKS {
+            let outline = Outline { weights: self.weights(used, slack), cuts: best.0.cuts };
+            self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
         }
         let plain = best.0.clone();
         for bend in [Bend::Root, Bend::Square, Bend::Cube] {
@@ -402,6 +407,11 @@ impl<'a> Search<'a> {
             }
         }
         best.0
+    }
+
+    /// The first so many nodes, whole experts with slack: the last of the nodes finishes late by about as much again.
+    fn outline(&self, first: usize, cuts: u16) -> Outline {
+        Outline { weights: self.weights(first, if cuts > 1 { 1 } else { 2 }), cuts }
     }
 
     /// Whether the first so many nodes leave out one that is as good as one of them. With large experts that may be
@@ -460,12 +470,13 @@ impl<'a> Search<'a> {
     }
 
     /// What each of the first nodes of the order can finish of a layer in the time in which they finish it together:
-    /// the time less its call, over that of an expert. Who is not done with the call by then gets nothing.
-    fn weights(&self, first: usize) -> Vec<u64> {
+    /// the time less its call, over that of an expert. Who is not done with the call by then gets nothing. `slack` is
+    /// how many layers that time is for: with more, calls count less and bandwidth more.
+    fn weights(&self, first: usize, slack: u64) -> Vec<u64> {
         const SCALE: u128 = 1 << 40;
         let mut open: Vec<usize> = self.order[..first].to_vec();
         let mut weights = vec![0; self.nodes.len()];
-        let wanted = u128::from(self.whole.top_k.max(1)) * SCALE;
+        let wanted = u128::from(u64::from(self.whole.top_k.max(1)) * slack) * SCALE;
         loop {
             let rate = |node: usize| SCALE / u128::from(self.costs[node].1);
             let rates: u128 = open.iter().map(|node| rate(*node)).sum();
@@ -488,6 +499,9 @@ impl<'a> Search<'a> {
 
 /// Weights of outlines lie between 0 and this, so that their cubes fit.
 const WEIGHT_MAX: u128 = 1 << 20;
+
+/// Slacks that are tried in the fine search.
+const SLACKS: [u64; 4] = [1, 2, 4, 16];
 
 /// Shares that favour the slow, or the fast.
 #[derive(Clone, Copy, Debug)]

@@ -92,6 +92,9 @@ impl Drop for Running {
 impl Running {
     /// Submits everything; if one is refused, those before are cancelled.
     pub(super) fn start(service: &Service, job: &Job) -> Result<Running, GenerateError> {
+        if let Some(refusal) = service.cluster.refusal() {
+            return Err(refusal);
+        }
         let parameters = &job.parameters;
         let mut choices = Vec::with_capacity(job.prompts.len() * parameters.n as usize);
         for (prompt, max_tokens) in job.prompts.iter().zip(&job.max_tokens) {

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::keys::ApiKeys;
 use crate::metrics::Metrics;
 use crate::prompt::Prompt;
-use crate::request::EngineHandle;
+use crate::request::{EngineHandle, GenerateError};
 
 /// Largest request body, in bytes: a 128k-token prompt is under 1 MB as text or ids.
 pub const BODY_BYTES_MAX: usize = 2 << 20;
@@ -29,6 +29,8 @@ pub trait Cluster: Send + Sync {
     fn nodes(&self) -> Value;
     /// Why requests cannot be served now, if so: the body of a 503 of `/health`.
     fn trouble(&self) -> Option<String>;
+    /// Why a request would fail now, if it would: experts that it may need and that nobody can compute.
+    fn refusal(&self) -> Option<GenerateError>;
     /// Brings gauges of the cluster up to date, before they are read.
     fn refresh(&self, metrics: &Metrics);
 }

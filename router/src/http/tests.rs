@@ -30,7 +30,9 @@ enum Plan {
     Fail(usize, GenerateError),
 }
 
-struct Nodes;
+/// Why they cannot compute everything.
+#[derive(Default)]
+struct Nodes(Option<GenerateError>);
 
 impl Cluster for Nodes {
     fn nodes(&self) -> Value {
@@ -38,7 +40,11 @@ impl Cluster for Nodes {
     }
 
     fn trouble(&self) -> Option<String> {
-        None
+        self.refusal().map(|refusal| refusal.to_string())
+    }
+
+    fn refusal(&self) -> Option<GenerateError> {
+        self.0.clone()
     }
 
     fn refresh(&self, _: &Metrics) {}
@@ -62,6 +68,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Server {
     fn start(plan: Plan, keys: &[&str]) -> Server {
+        Server::start_with(plan, keys, Nodes::default())
+    }
+
+    fn start_with(plan: Plan, keys: &[&str], nodes: Nodes) -> Server {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let prompt = Arc::new(Prompt::open(&root.join("models/tale-moe"), 4096).unwrap());
         let metrics = Arc::new(Metrics::new().unwrap());
@@ -82,7 +92,8 @@ impl Server {
             exact: "native".into(),
             version: "0.1.0".into(),
         };
-        let mut service = Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(Nodes));
+        let mut service =
+            Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(nodes));
         service.keys = ApiKeys::new(keys);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -655,6 +666,22 @@ fn failures_have_a_status_before_the_first_byte_and_a_frame_after() {
     let last = events.last().unwrap();
     assert_eq!(last["error"]["code"], "expert_unavailable", "and no [DONE]");
     assert_eq!(events.len(), 4, "role, two tokens, error");
+}
+
+#[test]
+fn while_experts_are_out_of_reach_requests_are_refused_before_they_reach_the_engine() {
+    let lost = GenerateError::ExpertsUnavailable { experts: "3/5, 3/9 and 12 more".into() };
+    let server = Server::start_with(Plan::Tokens(vec![5]), &[], Nodes(Some(lost)));
+    for stream in [false, true] {
+        let answer = server.completion(json!({"stream": stream}));
+        assert_eq!(answer.error(), (503, Value::Null, "expert_unavailable".into()));
+        assert_eq!(answer.header("retry-after"), Some("5"));
+        assert!(answer.text().contains("(layer/expert) 3/5, 3/9 and 12 more;"), "{}", answer.text());
+    }
+    assert!(server.requests.lock().unwrap().try_recv().is_err(), "it came through");
+    let health = server.get("/health");
+    assert!(health.text().contains("\"unavailable\"") && health.text().contains("3/5"), "{}", health.text());
+    assert_eq!(health.status, 503);
 }
 
 #[test]

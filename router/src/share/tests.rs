@@ -30,9 +30,10 @@ fn divide(
 ) -> Vec<PlaceIndex> {
     let assignments = rows_of(experts);
     let rows = experts.iter().copied().max().unwrap_or(0);
-    let layer = Layer { assignments: &assignments, rows, busy_us: 0.0, mode: Mode::Alone, holders };
+    let layer =
+        Layer { assignments: &assignments, rows, busy_us: 0.0, mode: Mode::Alone, parts: &whole(holders) };
     share.divide(&layer, places);
-    (0..experts.len() as u16).map(|expert| share.place(expert)).collect()
+    (0..experts.len() as u16).map(|expert| share.place(expert, 0)).collect()
 }
 
 /// Every expert on every place.
@@ -99,10 +100,10 @@ fn a_slow_place_and_a_costly_call_get_less() {
 fn what_the_router_does_besides_is_taken_off_its_part() {
     let (mut share, assignments) = (Share::default(), rows_of(&[1; 8]));
     let holders = everywhere(2);
-    let layer =
-        |busy_us, mode| Layer { assignments: &assignments, rows: 1, busy_us, mode, holders: &holders };
+    let parts = whole(&holders);
+    let layer = |busy_us, mode| Layer { assignments: &assignments, rows: 1, busy_us, mode, parts: &parts };
     let places = [place(100.0), place_with_call(100.0, 300.0)];
-    let here = |share: &Share| (0..8).filter(|expert| share.place(*expert) == ROUTER).count();
+    let here = |share: &Share| (0..8).filter(|expert| share.place(*expert, 0) == ROUTER).count();
     share.divide(&layer(400.0, Mode::Overlapped), &places);
     assert_eq!(here(&share), 2);
     share.divide(&layer(100.0, Mode::Alone), &places);
@@ -124,6 +125,40 @@ fn an_expert_that_one_place_holds_is_computed_there() {
     };
     let chosen = divide(&mut share, &[1; 8], &[place(100.0), place(100.0)], &holders);
     assert_eq!(chosen, [1, 1, 1, 1, ROUTER, ROUTER, ROUTER, ROUTER]);
+}
+
+#[test]
+fn slices_cost_their_width_and_are_divided_on_their_own() {
+    // Each expert in thirds and two thirds; the first part on nodes 1 and 2, the second on 2 and 3.
+    let parts = |_: u16, part: usize| match part {
+        0 => Some(Choice::new(1.0 / 3.0, [1, 2])),
+        1 => Some(Choice::new(2.0 / 3.0, [2, 3])),
+        _ => None,
+    };
+    let assignments = rows_of(&[1; 6]);
+    let layer = Layer { assignments: &assignments, rows: 1, busy_us: 0.0, mode: Mode::Alone, parts: &parts };
+    let places = [place(1.0), place(90.0), place(90.0), place(90.0)];
+    let mut share = Share::default();
+    share.divide(&layer, &places);
+    // 540 us of work for three equal places.
+    assert!((share.latest_us() - 180.0).abs() < 1.0, "{}", share.latest_us());
+    for expert in 0..6 {
+        assert!([1, 2].contains(&share.place(expert, 0)) && [2, 3].contains(&share.place(expert, 1)));
+        assert_eq!(share.place(expert, 2), ROUTER);
+    }
+    let predicted: f32 = (1..4).map(|at| share.predicted(at, &places[usize::from(at)]).us).sum();
+    assert!((predicted - 540.0).abs() < 1.0, "{predicted}");
+    assert!(!share.is_idle(ROUTER), "it could not have computed any");
+}
+
+#[test]
+fn what_could_have_been_asked_and_was_not_is_idle() {
+    let assignments = rows_of(&[1]);
+    let parts = |_: u16, part: usize| (part == 0).then(|| Choice::new(1.0, [1, 2]));
+    let layer = Layer { assignments: &assignments, rows: 1, busy_us: 0.0, mode: Mode::Alone, parts: &parts };
+    let mut share = Share::default();
+    share.divide(&layer, &[place(1.0), place(50.0), place(60.0), place(1.0)]);
+    assert_eq!([0, 1, 2, 3].map(|place| share.is_idle(place)), [false, false, true, false]);
 }
 
 #[test]
@@ -248,15 +283,15 @@ fn a_lag_comes_to_rest_where_nobody_waits() {
             rows: 256,
             busy_us: 2000.0,
             mode: Mode::Overlapped,
-            holders: &holders,
+            parts: &whole(&holders),
         };
         share.divide(&layer, &places);
-        let there = (0..64).filter(|expert| share.place(*expert) == 1).count() as f32;
+        let there = (0..64).filter(|expert| share.place(*expert, 0) == 1).count() as f32;
         waited = (there * 150.0 - (2000.0 + (64.0 - there) * 100.0)).max(0.0);
         places[1].learned.lagged(256, waited);
     }
     assert!(waited < 500.0, "waits {waited} us");
-    let there = (0..64).filter(|expert| share.place(*expert) == 1).count();
+    let there = (0..64).filter(|expert| share.place(*expert, 0) == 1).count();
     assert!((29..=35).contains(&there), "{there} of 64");
 }
 

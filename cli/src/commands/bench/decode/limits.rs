@@ -11,7 +11,7 @@
 use model::config::TokenBytes;
 use model::kernel::Assignment;
 use model::kernel::measure::ROWS;
-use router::share::{Curve, Layer, Learned, Mode, Place, PlaceIndex, ROUTER, Share, node_place};
+use router::share::{Curve, Layer, Learned, Mode, Place, PlaceIndex, ROUTER, Share, node_place, whole};
 
 /// Who computes the experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +102,13 @@ pub(super) fn predicted(work: &TokenWork, arrangement: Arrangement, processes: &
             _ => None,
         }
     };
-    let layer =
-        Layer { assignments: &assignments, rows: 1, busy_us: 0.0, mode: Mode::Alone, holders: &holders };
+    let layer = Layer {
+        assignments: &assignments,
+        rows: 1,
+        busy_us: 0.0,
+        mode: Mode::Alone,
+        parts: &whole(&holders),
+    };
     let mut share = Share::default();
     share.divide(&layer, &places);
     let router_us = work.bytes.router as f64 / f64::from(table(0)?[0]);
