@@ -59,6 +59,7 @@ fn add(total: &mut Summary, one: &Summary) {
     total.events += one.events;
     total.complete += one.complete;
     total.unavailable += one.unavailable;
+    total.unanswered += one.unanswered;
     total.calls += one.calls;
     total.hedges += one.hedges;
     total.hedges_won += one.hedges_won;

@@ -127,6 +127,8 @@ pub(crate) struct Summary {
     pub(crate) events: u64,
     pub(crate) complete: u64,
     pub(crate) unavailable: u64,
+    /// Steps that failed although a node that holds what they lacked is still trusted: it did not answer in time.
+    pub(crate) unanswered: u64,
     pub(crate) calls: u64,
     pub(crate) hedges: u64,
     pub(crate) hedges_won: u64,

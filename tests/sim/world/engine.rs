@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mesh_proto::attempts::{Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit, Units, Why};
-use mesh_proto::cluster::{Event, NodeState};
+use mesh_proto::cluster::Event;
 use mesh_proto::health::Doubts;
-use mesh_proto::routes::{Holders, NodeIndex, ROUTER};
+use mesh_proto::routes::{Holders, NodeIndex, ROUTER, Routes};
 use mesh_wire::buffer::Pool;
 use mesh_wire::frame::{Header, Op};
 use mesh_wire::reply::{Reply, Row as Sums};
+use model::kernel::Assignment;
+use ::router::share::{self, Choice, Curve, Learned, Mode, Place, Share, node_place};
 use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
 
 use crate::dice::Dice;
@@ -117,6 +119,7 @@ pub(crate) struct Engine {
     flights: Vec<Flight>,
     out: BTreeMap<u64, Out>,
     calls: u64,
+    share: Share,
     hedges: HedgeBudget,
     doubts: Doubts,
     /// Assignments that each node has to compute.
@@ -146,6 +149,7 @@ impl Engine {
             flights: (0..PARTS).map(|_| Flight::default()).collect(),
             out: BTreeMap::new(),
             calls: 0,
+            share: Share::default(),
             hedges: HedgeBudget::default(),
             doubts: Doubts::default(),
             loads: Vec::new(),
@@ -384,21 +388,21 @@ impl World {
         (flight.layer, flight.epoch, flight.open) = (layer, routes.epoch, true);
         let mut asked: BTreeMap<NodeIndex, Vec<Unit>> = BTreeMap::new();
         let (mut homeless, mut own) = (Vec::new(), Vec::new());
+        self.divide(layer, &routes, chosen);
         for (expert, rows) in chosen {
-            for piece in routes.table.parts(layer, *expert) {
+            for (index, piece) in routes.table.parts(layer, *expert).iter().enumerate() {
                 let holders = piece.holders;
                 let work =
                     Work { expert: *expert, blocks: (piece.from, piece.to), rows: rows.clone(), holders, added: 0 };
-                let load = |node: &NodeIndex| (self.standing(*node), asked.get(node).map_or(0, Vec::len), *node);
-                let chosen = holders.as_slice().iter().copied().min_by_key(load);
+                let place = self.engine.share.place(*expert, index);
                 let flight = &mut self.engine.flights[part];
-                match chosen {
-                    Some(ROUTER) => own.push(work),
+                match place.checked_sub(1) {
                     Some(node) => {
+                        assert!(holders.contains(node), "{node} does not hold it");
                         asked.entry(node).or_default().push(flight.attempts.unit(holders, rows.len() as u32));
                         flight.work.push(work);
                     }
-                    None if self.profile.fallback => own.push(work),
+                    None if self.profile.fallback || holders.contains(ROUTER) => own.push(work),
                     None => {
                         homeless.push(flight.attempts.unit(holders, rows.len() as u32));
                         flight.work.push(work);
@@ -428,6 +432,33 @@ impl World {
         }
     }
 
+    /// Lets `Share` divide a layer, as `dispatch` does.
+    fn divide(&mut self, layer: u16, routes: &Routes, chosen: &BTreeMap<u16, Vec<usize>>) {
+        let assignments: Vec<Assignment> = chosen
+            .iter()
+            .flat_map(|(expert, rows)| rows.iter().map(|row| Assignment { row: *row as u32, expert: *expert, weight: 1.0 }))
+            .collect();
+        let doubtful = |node: NodeIndex| self.engine.doubts.of(node, self.now);
+        let parts = |expert: u16, index: usize| -> Option<Choice> {
+            let part = routes.table.parts(layer, expert).get(index)?;
+            let width = f32::from(part.to - part.from) / f32::from(self.facts.blocks);
+            let holders = || part.holders.as_slice().iter().copied();
+            let well = |node: &NodeIndex| *node == ROUTER || !doubtful(*node);
+            let any = holders().any(|node| well(&node));
+            let place = |node: NodeIndex| if node == ROUTER { share::ROUTER } else { node_place(node) };
+            Some(Choice::new(width, holders().filter(|node| !any || well(node)).map(place)))
+        };
+        let speed = |mb_s: u32| {
+            let curve = Curve::new(&[mb_s; 5], self.facts.expert_bytes).unwrap_or(Curve::EVEN);
+            Place { weight_mb_s: [mb_s; 5], curve, learned: Learned::default() }
+        };
+        let places: Vec<Place> =
+            std::iter::once(1000).chain(self.machines.iter().map(|machine| machine.weight_mb_s)).map(speed).collect();
+        let layer =
+            share::Layer { assignments: &assignments, rows: 1, busy_us: 0.0, mode: Mode::Alone, parts: &parts };
+        self.engine.share.divide(&layer, &places);
+    }
+
     fn budget(&mut self, node: NodeIndex, part: usize, units: &[Unit]) -> mesh_proto::health::Budget {
         let work = &self.engine.flights[part].work;
         let own: usize = units.iter().map(|unit| work[*unit as usize].rows.len()).sum();
@@ -440,7 +471,7 @@ impl World {
             return Standing::Good(u32::MAX);
         }
         let load = self.engine.loads.get(usize::from(node)).copied().unwrap_or(0);
-        let serves = self.router.cluster.status(node).is_some_and(|status| status.state == NodeState::Serving);
+        let serves = self.router.serves(node);
         match (serves, self.engine.doubts.of(node, self.now)) {
             (false, _) => Standing::Out,
             (true, true) => Standing::Doubtful(load),
@@ -650,18 +681,22 @@ impl World {
     }
 
     /// Units are lost only where the router may not compute them and every holder was asked or cannot be.
-    fn check_lost(&self, part: usize, units: Units) {
+    fn check_lost(&mut self, part: usize, units: Units) {
         assert!(!self.profile.fallback, "the router could have computed it");
         let flight = &self.engine.flights[part];
+        let mut slow = 0;
         for unit in flight.attempts.list(units) {
             let work = &flight.work[*unit as usize];
             assert_eq!(work.added, 0, "what is lost was added");
             for node in work.holders.as_slice() {
                 let asked = |(attempt, _): (&Attempt, &Vec<usize>)| flight.attempts.units_of(*attempt).contains(unit);
                 let asked = flight.rows.iter().any(asked);
-                assert!(asked || self.standing(*node) == Standing::Out, "{node} could have been asked");
+                let serves = self.standing(*node) != Standing::Out;
+                assert!(asked || !serves, "{node} could have been asked");
+                slow += u64::from(serves);
             }
         }
+        self.summary.unanswered += u64::from(slow > 0);
     }
 
     /// Every part of every expert was added once, and the sums are right.

@@ -64,7 +64,7 @@ impl Router {
     pub(crate) fn new(facts: &ModelFacts, policy: Policy, nodes: usize, stored: Option<Stored>) -> Router {
         let mut cluster = Cluster::with_policy(members(nodes), facts.clone(), policy);
         if let Some(stored) = stored {
-            cluster = cluster.with_previous(stored);
+            cluster.restore(stored);
         }
         Router {
             reported: cluster.routes(),
@@ -108,6 +108,11 @@ impl Router {
         if placed.refusal.is_empty() && connection.ordered.contains(&placed.epoch) {
             connection.acknowledged.insert(placed.epoch);
         }
+    }
+
+    /// Whether the routes name a node.
+    pub(crate) fn serves(&self, node: NodeIndex) -> bool {
+        self.reported.table.held_by(node).next().is_some()
     }
 
     /// Whoever is routed to is here, is trusted, and said on this connection that it holds the epoch.
@@ -218,6 +223,10 @@ impl World {
         let all = routes.table.all().count() as u64;
         let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
         let states = cluster.statuses();
+        let planned = |node| cluster.plan().is_some_and(|plan| plan.capacity(node).is_some());
+        if !(0..self.machines.len() as NodeIndex).all(planned) {
+            return false;
+        }
         let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
         let whole = routes.table.all().all(|(_, part)| (part.from, part.to) == (0, self.facts.blocks));
         let fits = if whole { held >= all.min(room) } else { held == all || room < self.experts() };
