@@ -56,6 +56,8 @@ pub(crate) struct Profile {
     pub(crate) refused: u64,
     /// Whether the router may compute what no node holds.
     pub(crate) fallback: bool,
+    /// Nothing but many requests and calls that are late now and then, with others that could answer them.
+    pub(crate) stragglers: bool,
 }
 
 impl Profile {
@@ -75,7 +77,7 @@ impl Profile {
             if happens && !calm { rate } else { 0 }
         };
         let (resent, lost, replayed, refused) = (rate(300), rate(60), rate(500), rate(200));
-        Profile {
+        let profile = Profile {
             every,
             resent,
             lost,
@@ -85,7 +87,13 @@ impl Profile {
             one_way: dice.roll(1000),
             refused,
             fallback: dice.chance(700),
+            stragglers: dice.chance(30),
+        };
+        if !profile.stragglers {
+            return profile;
         }
+        let (delay, jitter) = (Duration::from_micros(100), Duration::from_micros(100));
+        Profile { every: Vec::new(), resent: 250, lost: 0, refused: 0, delay, jitter, ..profile }
     }
 
     /// The network as it is when nothing is wrong with it.

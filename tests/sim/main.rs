@@ -114,6 +114,8 @@ fn whatever_happens_nothing_is_lost() {
         ("requests completed", total.complete),
         ("requests that nobody could compute", total.unavailable),
         ("retries", total.retries),
+        ("hedges", total.hedges),
+        ("hedges that were faster", total.hedges_won),
         ("parts computed by the router", total.computed_here),
         ("late or double answers", total.ignored),
         ("malformed replies", total.malformed),

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use mesh_proto::cluster::{Event, Policy};
 use mesh_proto::facts::{LinkSpeed, ModelFacts};
+use mesh_proto::placement::Copies;
 use mesh_proto::routes::NodeIndex;
 use mesh_proto::stored::Stored;
 use mesh_wire::buffer::Pool;
@@ -185,19 +186,24 @@ impl World {
             ..ModelFacts::default()
         };
         let nodes = dice.between(1, 6);
-        let liars = if dice.chance(400) { dice.between(1, 3) } else { 0 };
+        let nodes = if profile.stragglers { nodes.max(4) } else { nodes };
+        let liars = if dice.chance(400) && !profile.stragglers { dice.between(1, 3) } else { 0 };
         let share = facts.expert_bytes * u64::from(experts) * MOE_LAYERS.len() as u64 / nodes;
         let machines = (0..nodes)
             .map(|node| {
                 // From a third of its fair share to three times as much, and sometimes next to nothing.
                 let memory = if dice.chance(50) { dice.roll(2_000_000) } else { share * dice.between(30, 300) / 100 };
+                let memory = if profile.stragglers { 4 * share + facts.expert_bytes } else { memory };
                 let lies = if node < liars { dice.between(20, 1000) } else { 0 };
                 Machine::new(memory, dice.between(200, 2000) as u32, lies)
             })
             .collect();
-        let policy = router::policy(nodes, &facts, &mut dice);
+        let mut policy = router::policy(nodes, &facts, &mut dice);
+        if profile.stragglers {
+            policy.wishes.copies = Copies::Exactly(3);
+        }
         let router = Router::new(&facts, policy, nodes as usize, None);
-        let engine = Engine::new(&mut dice);
+        let engine = Engine::new(profile.stragglers, &mut dice);
         let mut world = World {
             now: Duration::from_millis(1),
             trace: Trace::new(prints),
@@ -240,7 +246,8 @@ impl World {
         let (from, to) = (100_000, end.as_micros() as u64 * 9 / 10);
         let mut base = self.dice.micros(from, to);
         let together = self.dice.chance(500);
-        for client in 0..self.dice.between(2, 12) as usize {
+        let most = if self.profile.stragglers { 60 } else { 12 };
+        for client in 0..self.dice.between(2, most) as usize {
             // Some come one by one, some in crowds.
             if !together || self.dice.chance(250) {
                 base = self.dice.micros(from, to);
