@@ -276,6 +276,30 @@ impl Held {
     }
 }
 
+/// Most bytes of experts that a machine is measured on: beyond the caches of small machines, and read from a slow disk
+/// in a second.
+const SAMPLE_BYTES: u64 = 64 << 20;
+
+/// How fast `kernels` compute experts of this model (`kernel::measure`), on a sample that is let go of afterwards; zeros
+/// for a model without experts.
+///
+/// # Errors
+/// What cannot be loaded or computed.
+pub fn weight_mb_s(
+    model: &Arc<Model>,
+    kernels: &dyn Kernels,
+) -> Result<[u32; measure::ROWS.len()], HomeError> {
+    let config = &model.config;
+    let expert_bytes = model.format.expert_bytes(config.hidden, config.moe.inter) as u64;
+    let Some(layer) = config.moe_layers().next() else { return Ok([0; measure::ROWS.len()]) };
+    let fit = (SAMPLE_BYTES / expert_bytes.max(1)).clamp(1, config.moe.experts.max(1) as u64);
+    let experts = u16::try_from(fit).unwrap_or(u16::MAX);
+    let sample = copied(model, layer, whole_of(model), &(0..experts).collect())?;
+    let runs = kernels.experts(sample, model.step_log2(layer))?;
+    let (format, hidden) = (model.format, config.hidden);
+    Ok(measure::weight_mb_s(&Sample { runs: &*runs, experts, format, hidden, expert_bytes })?)
+}
+
 /// All blocks of the model's experts.
 fn whole_of(model: &Model) -> (u16, u16) {
     // Configs whose experts are wider are refused when they are read.

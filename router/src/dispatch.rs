@@ -311,7 +311,8 @@ impl Dispatch {
             let predicted = known.map(|known| self.share.predicted(place, known));
             let (call, budget) = self.call(&hub, (layer as u16, flight.epoch), (&batch, work), cost);
             self.hedges.earn();
-            let asked = flight.attempts.ask(batch.node, &batch.units, self.peers.now(), budget);
+            let at = call.sent.saturating_duration_since(self.peers.started);
+            let asked = flight.attempts.ask(batch.node, &batch.units, at, budget);
             if call.pending.is_none() {
                 flight.attempts.failed(asked);
             }
@@ -324,8 +325,9 @@ impl Dispatch {
 
     /// Decides who computes what.
     fn divide(&mut self, layer: u16, work: &Workspace, busy: Busy) {
-        let now = self.peers.now();
         let (table, peers, own) = (&self.routes.table, &self.peers, self.own);
+        // Mostly nobody was ever late, and the clock need not be read.
+        let now = if peers.doubts.any(Duration::ZERO) { peers.now() } else { Duration::ZERO };
         let doubts = peers.doubts.any(now);
         let parts = |expert: u16, index: usize| -> Option<Choice> {
             let all = table.parts(layer, expert);

@@ -69,8 +69,9 @@ pub enum Experts {
     Here,
     /// On nodes; here only those of nodes that fail.
     Nodes(Arc<Hub>),
-    /// On both, every layer's rows shared out so that all finish together. Takes memory for all of them here.
-    Shared(Arc<Hub>),
+    /// On both: the first so many experts of every layer are held here, too, and every layer's rows are shared out so
+    /// that all finish together. Takes memory for them.
+    Shared(Arc<Hub>, u16),
 }
 
 /// The model as the router runs it.
@@ -82,7 +83,8 @@ pub struct Forward {
     experts: Remote,
     kv_block_bytes: u64,
     weight_bytes: u64,
-    resident: bool,
+    /// Experts per layer that are held here from the start.
+    resident: u16,
 }
 
 /// The way to the experts.
@@ -129,11 +131,12 @@ impl Forward {
     ) -> Result<Forward, LoadError> {
         let decoder = Decoder::load(&model, &*kernels, native)?;
         // Mapped: only those of a node that fails are used.
-        let (residency, hub, replicated) = match experts {
-            Experts::Here => (Residency::Resident, None, false),
-            Experts::Nodes(hub) => (Residency::Mapped, Some(hub), false),
-            Experts::Shared(hub) => (Residency::Resident, Some(hub), true),
+        let (residency, hub, resident) = match experts {
+            Experts::Here => (Residency::Resident, None, u16::MAX),
+            Experts::Nodes(hub) => (Residency::Mapped, Some(hub), 0),
+            Experts::Shared(hub, resident) => (Residency::Mapped, Some(hub), resident),
         };
+        let replicated = hub.is_some() && usize::from(resident) >= model.config.moe.experts;
         let expert_bytes = model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64;
         let shape = Shape { format: model.format, expert_bytes };
         Ok(Forward {
@@ -141,7 +144,7 @@ impl Forward {
             weight_bytes: weight_bytes(&model),
             kv: KvCache::new(&model.config, model.format, kv_blocks),
             parts: (0..*PARTS.end()).map(|_| Part::new(model.format)).collect(),
-            resident: residency == Residency::Resident,
+            resident,
             experts: Remote {
                 dispatch: Dispatch::new(hub, shape, replicated),
                 home: Home::new(model, kernels, residency),
@@ -161,9 +164,9 @@ impl Forward {
     /// # Errors
     /// The first expert that cannot be had.
     pub fn preload(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<(), HomeError> {
-        if self.resident {
+        if self.resident > 0 {
             let Remote { home, dispatch } = &mut self.experts;
-            home.load_all(progress)?;
+            home.load_resident(self.resident, progress)?;
             dispatch.set_own_speed(&home.weight_mb_s()?);
         }
         Ok(())

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,10 +14,14 @@ use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
+use mesh_proto::machine::Machine;
+use mesh_proto::placement::{Copies, Outlook, Share, Wishes};
 use mesh_proto::routes::Routes;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
+use model::home;
 use model::kernel::Kernels;
+use model::kernel::measure::ROWS;
 use model::kernel::native::Native;
 use model::kernel::native::kv::{KV_BLOCK, KvCache};
 use model::open::Model;
@@ -33,6 +38,9 @@ use crate::request::{EngineFacts, EngineHandle, GenerateError, name_experts};
 use crate::scheduler::LimitsError;
 use crate::share::Place;
 
+/// How long a plan waits for the link of a node that just joined to be measured.
+const MEASURE_WITHIN: Duration = Duration::from_millis(500);
+
 /// Longest time that running sequences get to finish when the router stops.
 const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 
@@ -41,8 +49,8 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(30);
 pub struct RouterConfig {
     /// The mesh; `None` computes every expert in this process.
     pub mesh: Option<MeshConfig>,
-    /// Whether the router holds every expert too, and computes its share of each layer.
-    pub replicate: bool,
+    /// Which experts the router holds besides the nodes, to compute its share of each layer.
+    pub resident: Resident,
     /// Whether the router computes experts that no node can be asked for, from its packed model.
     pub fallback: bool,
     /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
@@ -69,6 +77,32 @@ pub struct RouterConfig {
     pub sequences: usize,
 }
 
+/// Which experts a router of a mesh holds in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resident {
+    /// None; what no node computes is read from the files.
+    None,
+    /// As many of every layer as fit in so many bytes.
+    Bytes(u64),
+    /// All.
+    All,
+}
+
+impl Resident {
+    /// Experts of every layer.
+    pub fn per_layer(self, facts: &ModelFacts) -> u16 {
+        let layer = facts.expert_bytes * facts.moe_layers.len() as u64;
+        match self {
+            Resident::None => 0,
+            Resident::Bytes(bytes) => {
+                let fit = bytes.checked_div(layer).unwrap_or(0);
+                u16::try_from(fit).unwrap_or(u16::MAX).min(facts.experts)
+            }
+            Resident::All => facts.experts,
+        }
+    }
+}
+
 /// The router's side of the mesh.
 #[derive(Clone, Debug)]
 pub struct MeshConfig {
@@ -82,6 +116,12 @@ pub struct MeshConfig {
     pub wait: Duration,
     /// Watch for replies this long before sleeping.
     pub spin: Duration,
+    /// Holders that each expert shall have.
+    pub copies: Copies,
+    /// Whether experts may be cut.
+    pub slices: bool,
+    /// Where the plan is kept, so that nodes keep their shards when the router starts again.
+    pub placement_file: Option<PathBuf>,
 }
 
 /// Why a router does not start.
@@ -120,8 +160,9 @@ pub enum RouterError {
     },
     /// Not enough memory for all experts beside everything else.
     #[error(
-        "holding every expert takes {needed} MB of memory here ({experts} MB of them experts), available are \
-         {available} MB; start the router without --replicate all, with a smaller --kv-memory, or with --weights q4"
+        "the experts that the router is to hold take {experts} MB and all weights with the KV cache {needed} MB, \
+         available are {available} MB; start it without --replicate all, or with less --memory or --kv-memory, or with \
+         --weights q4"
     )]
     Memory {
         /// Megabytes of weights and KV cache.
@@ -178,7 +219,8 @@ pub async fn run(
     let bound =
         TcpListener::bind(config.http).await.and_then(|listener| Ok((listener.local_addr()?, listener)));
     let (address, listener) = bound.map_err(|source| RouterError::Bind { address: config.http, source })?;
-    let hub = start_hub(&config)?;
+    let own = measure_own(&config).await?;
+    let hub = start_hub(&config, own)?;
     let mesh = hub.as_ref().map(|hub| hub.local_addr());
     reached(Milestone::Listening { mesh, http: address });
 
@@ -215,8 +257,9 @@ pub async fn run(
         status,
         places,
         engine: handle.clone(),
-        // Then every expert is within reach, always.
-        reachable: config.fallback || config.replicate || hub.is_none(),
+        own,
+        // Else every expert is within reach, always.
+        fallback: config.fallback || hub.is_none(),
         unreachable: Mutex::default(),
     };
     let identity = identity(&config);
@@ -263,18 +306,39 @@ pub fn open_prompt(model: &Model) -> Result<Prompt, PromptError> {
     }
 }
 
-fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
+/// How fast this machine streams experts, which is about how fast it streams the router's own weights; zeros without
+/// a mesh, where nothing is planned.
+async fn measure_own(config: &RouterConfig) -> Result<[u32; ROWS.len()], RouterError> {
+    if config.mesh.is_none() {
+        return Ok([0; ROWS.len()]);
+    }
+    let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
+    let measured = tokio::task::spawn_blocking(move || home::weight_mb_s(&model, &*kernels)).await;
+    let measured = measured.map_err(|error| RouterError::Start(error.to_string()))?;
+    measured.map_err(|error| RouterError::Start(format!("measure this machine: {error}")))
+}
+
+fn start_hub(config: &RouterConfig, weight_mb_s: [u32; ROWS.len()]) -> Result<Option<Arc<Hub>>, RouterError> {
     let Some(mesh) = &config.mesh else { return Ok(None) };
     let facts = model_facts(&config.model);
+    let wishes = Wishes {
+        copies: mesh.copies,
+        slices: mesh.slices,
+        router_experts: config.resident.per_layer(&facts),
+        router: Machine { weight_mb_s, ..Machine::default() },
+    };
     let policy = Policy {
         plan_at_nodes: mesh.roster.nodes.len(),
         plan_after: mesh.wait,
         require_exact: config.require_exact,
+        measure_within: MEASURE_WITHIN,
+        wishes,
     };
     let hub = HubConfig {
         listen: mesh.listen,
         policy,
         spin: mesh.spin,
+        placement_file: mesh.placement_file.clone(),
         ..HubConfig::new(mesh.identity.clone(), mesh.roster.clone(), facts)
     };
     Ok(Some(Arc::new(Hub::start(hub)?)))
@@ -282,6 +346,8 @@ fn start_hub(config: &RouterConfig) -> Result<Option<Arc<Hub>>, RouterError> {
 
 /// What the mesh has to know of a model.
 pub fn model_facts(model: &Model) -> ModelFacts {
+    let block =
+        model.format.expert_bytes(model.config.hidden, model.config.moe.inter.min(COMBINE_BLOCK)) as u64;
     ModelFacts {
         fingerprint: model.fingerprint,
         moe_layers: model.config.moe_layers().map(|layer| layer as u16).collect(),
@@ -289,9 +355,11 @@ pub fn model_facts(model: &Model) -> ModelFacts {
         expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
         top_k: model.config.moe.top_k as u16,
         blocks: model.config.moe.inter.div_ceil(COMBINE_BLOCK) as u16,
+        block_bytes: block,
         hidden: model.config.hidden as u32,
         int8_rows: model.format.is_quantized(),
         router_bytes: model.config.token_bytes(model.format).router,
+        head_bytes: model.format.matrix_bytes(model.config.vocab, model.config.hidden) as u64,
     }
 }
 
@@ -306,11 +374,12 @@ fn kv_blocks(config: &RouterConfig) -> Result<usize, RouterError> {
     }
 }
 
-/// Whether all experts fit, where they are to be held.
+/// Whether the experts that are to be held fit.
 fn check_memory(config: &RouterConfig) -> Result<(), RouterError> {
-    let (Some(available), true) = (config.memory_bytes, config.replicate) else { return Ok(()) };
     let facts = model_facts(&config.model);
-    let experts = facts.moe_layers.len() as u64 * u64::from(facts.experts) * facts.expert_bytes;
+    let per_layer = u64::from(config.resident.per_layer(&facts));
+    let (Some(available), true) = (config.memory_bytes, per_layer > 0) else { return Ok(()) };
+    let experts = facts.moe_layers.len() as u64 * per_layer * facts.expert_bytes;
     let router = config.model.config.token_bytes(config.model.format).router;
     let needed = experts + router + config.kv_bytes;
     if needed <= available {
@@ -329,8 +398,10 @@ fn load(
     let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if config.replicate => Experts::Shared(hub),
-        Some(hub) => Experts::Nodes(hub),
+        Some(hub) => match config.resident.per_layer(&model_facts(&config.model)) {
+            0 => Experts::Nodes(hub),
+            resident => Experts::Shared(hub, resident),
+        },
     };
     let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
     forward.set_fallback(config.fallback);
@@ -358,7 +429,10 @@ async fn wait_for_nodes(config: &RouterConfig, hub: Option<Arc<Hub>>) -> usize {
         });
         if !came {
             tracing::warn!("not all {wanted} nodes of the roster came within {} s; going on", wait.as_secs());
-            hub.plan_now();
+            // An earlier plan stays: who is missing may only be late.
+            if hub.routes().epoch == 0 {
+                hub.plan_now();
+            }
         }
         hub.wait_until(mesh_proto::cluster::SWITCH_WAIT_MAX, |cluster| {
             // With nobody here there is nothing to wait for: whoever comes later is planned for then.
@@ -388,8 +462,10 @@ struct ClusterView {
     status: StatusView,
     places: PlacesView,
     engine: EngineHandle,
+    /// What the router measured of itself.
+    own: [u32; ROWS.len()],
     /// Whether the router can compute every expert.
-    reachable: bool,
+    fallback: bool,
     /// By the routes it was found in: the experts that nobody can compute.
     unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
 }
@@ -397,7 +473,7 @@ struct ClusterView {
 impl ClusterView {
     /// The experts that nobody can compute at the moment, named; looked for once per table.
     fn unreachable(&self) -> Option<String> {
-        let hub = self.hub.as_ref().filter(|_| !self.reachable)?;
+        let hub = self.hub.as_ref().filter(|_| !self.fallback)?;
         let routes = hub.routes();
         let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {
@@ -415,14 +491,24 @@ impl ClusterView {
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
         let places = self.places.read();
+        let outlook = self.hub.as_ref().and_then(|hub| hub.outlook());
         let nodes: Vec<NodeStatus> = self.hub.iter().flat_map(|hub| hub.nodes()).collect();
+        let planned = |node: usize| {
+            let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
+            shares.copied().find(|share| usize::from(share.node) == node)
+        };
         let mut router = router_json(&self.status.read(), places.first());
+        if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
+            router["weight_mb_s"] = json!(self.own);
+        }
         let counters = || nodes.iter().map(|node| &node.counters);
         router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
         router["stale"] = counters().map(|counters| counters.stale).sum::<u64>().into();
-        let nodes: Vec<Value> =
-            (1..).zip(&nodes).map(|(place, node)| node_json(node, places.get(place))).collect();
-        json!({"nodes": nodes, "router": router})
+        let nodes: Vec<Value> = (0..)
+            .zip(&nodes)
+            .map(|(index, node)| node_json(node, places.get(index + 1), planned(index)))
+            .collect();
+        json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
     }
 
     fn trouble(&self) -> Option<String> {
@@ -451,8 +537,19 @@ impl http::Cluster for ClusterView {
     }
 }
 
-/// What is known of a node; `place` is what the router has learned of its speed.
-fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
+/// The plan in use, to be compared with what is measured.
+fn plan_json(outlook: &Outlook) -> Value {
+    json!({
+        "epoch": outlook.epoch,
+        "predicted_tok_s": 1e9 / outlook.token_ns.max(1) as f64,
+        "copies": outlook.copies.0,
+        "copies_max": outlook.copies.1,
+        "unplaced": outlook.unplaced,
+    })
+}
+
+/// What is known of a node; `place` is what the router has learned of its speed, `planned` what it is to do.
+fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -> Value {
     let (status, counters) = (&node.cluster, &node.counters);
     let micros = |time: Option<Duration>| time.map_or(0, |time| time.as_micros() as u64);
     let hello = status.hello.as_ref();
@@ -486,6 +583,9 @@ fn node_json(node: &NodeStatus, place: Option<&Place>) -> Value {
         "service_us": micros(status.call_means.map(|means| means.0)),
         "round_trip_us": micros(status.call_means.map(|means| means.1)),
         "path_rtt_us": micros(node.path_rtt),
+        "link": {"round_trip_us": status.link.round_trip_us, "mb_s": status.link.mb_s},
+        "planned_share": planned.map(|planned| planned.share),
+        "left_out": planned.is_some_and(|planned| planned.left_out),
         "correction": place.map(|place| place.learned.corrections()),
         "call_overhead_us": place.map(|place| place.learned.call_us()),
         "resident_bytes": status.health.map(|health| health.resident_bytes),

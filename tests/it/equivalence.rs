@@ -21,11 +21,11 @@ fn tale(format: Format) -> Arc<Model> {
 }
 
 /// A prompt of arbitrary tokens; different numbers give different ones.
-fn prompt(number: u32, len: u32) -> Vec<u32> {
+pub(super) fn prompt(number: u32, len: u32) -> Vec<u32> {
     (0..len).map(|i| (i * 131 + number * 977 + 17) % 4000).collect()
 }
 
-fn request(prompt: Vec<u32>, temperature: f32, max_tokens: u32) -> GenerateRequest {
+pub(super) fn request(prompt: Vec<u32>, temperature: f32, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
         prompt,
         sampling: Sampling { temperature, top_p: 0.95, seed: 42, ..Sampling::default() },
@@ -39,7 +39,7 @@ fn request(prompt: Vec<u32>, temperature: f32, max_tokens: u32) -> GenerateReque
 }
 
 /// The yardstick: one process, one sequence, token by token.
-fn alone(model: &Arc<Model>, request: &GenerateRequest) -> Outcome {
+pub(super) fn alone(model: &Arc<Model>, request: &GenerateRequest) -> Outcome {
     let native = native();
     let capacity = request.prompt.len() + request.max_tokens as usize;
     let mut reference =

@@ -7,6 +7,8 @@
 
 #[cfg(feature = "torch")]
 mod device;
+mod failures;
+
 mod equivalence;
 
 mod golden;

@@ -135,3 +135,80 @@ fn without_any_node_left_the_router_tells_the_same_story() {
     cluster.start_node(2);
     assert_used_again(&cluster, 2, &expected);
 }
+
+#[test]
+fn a_killed_node_with_a_replica_leaves_nothing_to_the_router() {
+    let mut cluster = Alone::start(&Shape { router: &["--replicas", "2"], ..Shape::nodes(3) });
+    let expected = undisturbed(&cluster);
+
+    let api = cluster.api.clone();
+    let disturbed = api.story(TOKENS, |token| {
+        if token == LOST_AT {
+            cluster.kill_node(1);
+        }
+    });
+    disturbed.assert_equals(&expected);
+    let state = cluster.api.nodes();
+    let of = |name: &str| number(&state, &format!("/router/{name}"));
+    eprintln!(
+        "kill -9 with a replica: longest gap {:?}, {} hedges, {} won, {} retries, {} fallbacks of {} calls",
+        disturbed.longest_gap,
+        of("hedges"),
+        of("hedges_won"),
+        of("retries"),
+        of("fallbacks"),
+        of("calls"),
+    );
+    assert_eq!(of("fallbacks"), 0, "{}", cluster.logs());
+    assert!(of("hedges_won") + of("retries") > 0, "no call was out\n{}", cluster.logs());
+    cluster.start_node(1);
+    assert_used_again(&cluster, 1, &expected);
+}
+
+#[test]
+fn without_fallback_what_is_lost_is_named_and_comes_back_with_its_node() {
+    let mut cluster =
+        Alone::start(&Shape { router: &["--no-fallback", "--replicas", "1"], ..Shape::nodes(2) });
+    let ask = |cluster: &Cluster, tokens: usize| {
+        let body = json!({"prompt": OPENING, "max_tokens": tokens, "temperature": 0, "ignore_eos": true});
+        cluster.api.post("/v1/completions", &body)
+    };
+    ask(&cluster, 8).ok();
+
+    // A stream that has begun ends with an error that names experts.
+    let body = json!({
+        "prompt": OPENING, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true, "stream": true,
+    });
+    let mut last = Value::Null;
+    for (index, event) in cluster.api.stream("/v1/completions", &body).enumerate() {
+        if index == LOST_AT {
+            cluster.kill_node(1);
+        }
+        last = event;
+        if last["error"].is_object() {
+            break;
+        }
+    }
+    assert_eq!(last["error"]["code"], "expert_unavailable", "{last}");
+    let message = last["error"]["message"].as_str().unwrap_or_default().to_owned();
+    assert!(message.contains("(layer/expert) ") && message.contains('/'), "{message}");
+
+    cluster.until("the dead node is missed", |state| !serving(state, 1));
+    let refused = ask(&cluster, 8);
+    let message = refused.error(503, "expert_unavailable");
+    assert!(message.contains("more; bring a node back"), "a bounded list: {message}");
+    assert!(refused.header("retry-after").parse::<u32>().is_ok(), "{:?}", refused.headers);
+    assert_eq!(cluster.api.get("/health").status, 503);
+
+    cluster.kill_node(0);
+    cluster.until("nobody serves", |state| !serving(state, 0));
+    let health = cluster.api.get("/health");
+    assert!(health.status == 503 && health.text.contains("no node serves"), "{}", health.text);
+    ask(&cluster, 8).error(503, "expert_unavailable");
+    assert_eq!(number(&cluster.api.nodes(), "/router/fallbacks"), 0);
+
+    (0..2).for_each(|node| cluster.start_node(node));
+    cluster.until("both serve", |state| serving(state, 0) && serving(state, 1));
+    ask(&cluster, 8).ok();
+    assert_eq!(cluster.api.get("/health").status, 200);
+}

@@ -8,9 +8,14 @@ use std::time::Duration;
 use expert_node::node::{ExpertNode, NodeConfig, NodeSnapshot};
 use mesh_net::hub::{Hub, HubConfig};
 use mesh_net::identity::Identity;
-use mesh_net::roster::{Machine, Roster};
+use mesh_net::roster::{self, Roster};
 use mesh_net::station::StationConfig;
 use mesh_proto::cluster::Policy;
+use mesh_proto::facts::{Member, ModelFacts};
+use mesh_proto::machine::{Capacity, Machine};
+use mesh_proto::placement::{Plan, Wishes, plan};
+use mesh_proto::routes::Table;
+use mesh_proto::stored::Stored;
 use model::format::Format;
 use model::kernel::Kernels;
 use model::kernel::native::kv::KV_BLOCK;
@@ -23,7 +28,7 @@ use router::serve::model_facts;
 use tokio::sync::mpsc::Receiver;
 
 /// Longest wait for the nodes to serve, on a machine that is busy with other tests.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// How the router's engine is set up.
 #[derive(Clone, Copy, Debug)]
@@ -80,19 +85,8 @@ impl Cluster {
 
     /// As `start`, with other kernels in the nodes, which may be inexact.
     pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
-        let machine = |name: String, identity: &Identity| Machine { name, key: identity.id() };
-        let router = Identity::generate().expect("a key");
-        let identities: Vec<Identity> =
-            (0..shape.nodes).map(|_| Identity::generate().expect("a key")).collect();
-        let nodes = identities.iter().enumerate().map(|(i, id)| machine(format!("node-{i}"), id)).collect();
-        let roster =
-            Roster { cluster: "test".to_owned(), router: machine("router".to_owned(), &router), nodes };
-        let require_exact = kernels().exact();
-        let policy = Policy { plan_at_nodes: shape.nodes, require_exact, ..Policy::default() };
-        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let config =
-            HubConfig { listen, policy, ..HubConfig::new(router, roster.clone(), model_facts(model)) };
-        let hub = Arc::new(Hub::start(config).expect("the hub starts"));
+        let policy = Policy { require_exact: kernels().exact(), ..Policy::default() };
+        let (hub, roster, identities) = start_hub(model, shape.nodes, policy, None);
         let start = |identity: Identity| start_node(model, &roster, identity, (hub.local_addr(), kernels()));
         let nodes: Vec<_> = identities.into_iter().map(|identity| Some(start(identity))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
@@ -114,17 +108,65 @@ impl Cluster {
     }
 }
 
+/// A hub with a roster of so many nodes, and their keys. Its first plan waits for all of them, or is `table`, as if it
+/// had been made before a restart.
+pub fn start_hub(
+    model: &Arc<Model>,
+    nodes: usize,
+    policy: Policy,
+    table: Option<Table>,
+) -> (Arc<Hub>, Roster, Vec<Identity>) {
+    let machine = |name: String, identity: &Identity| roster::Machine { name, key: identity.id() };
+    let router = Identity::generate().expect("a key");
+    let identities: Vec<Identity> = (0..nodes).map(|_| Identity::generate().expect("a key")).collect();
+    let members = identities.iter().enumerate().map(|(i, id)| machine(format!("node-{i}"), id)).collect();
+    let roster =
+        Roster { cluster: "test".to_owned(), router: machine("router".to_owned(), &router), nodes: members };
+    let policy = Policy { plan_at_nodes: nodes, ..policy };
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let mut config =
+        HubConfig { listen, policy, ..HubConfig::new(router, roster.clone(), model_facts(model)) };
+    let folder = tempfile::tempdir().expect("a folder");
+    if let Some(table) = table {
+        let file = folder.path().join("plan");
+        std::fs::write(&file, written(&roster, &config.facts, table)).expect("the plan is written");
+        config.placement_file = Some(file);
+    }
+    (Arc::new(Hub::start(config).expect("the hub starts")), roster, identities)
+}
+
+/// The text of a plan that says who holds what.
+fn written(roster: &Roster, facts: &ModelFacts, table: Table) -> String {
+    let members: Vec<Member> =
+        roster.nodes.iter().map(|node| Member { id: node.key, name: node.name.clone() }).collect();
+    let capacity = |node| Capacity { node, memory_bytes: 1 << 40, machine: Machine::default() };
+    let capacities: Vec<Capacity> = (0..members.len() as u16).map(capacity).collect();
+    let plan = Plan { table, ..plan(facts, &capacities, &Wishes::default(), None) };
+    Stored { epoch: 1, plan }.to_text(facts, &members)
+}
+
 /// An engine on a thread of its own, as the router has it.
 pub fn start_engine(model: &Arc<Model>, shape: Shape, hub: Option<Arc<Hub>>) -> (EngineHandle, StatusView) {
+    start_engine_with(model, shape, hub, true)
+}
+
+/// As `start_engine`; `fallback`: whether the router computes what no node can be asked for.
+pub fn start_engine_with(
+    model: &Arc<Model>,
+    shape: Shape,
+    hub: Option<Arc<Hub>>,
+    fallback: bool,
+) -> (EngineHandle, StatusView) {
     let native = native();
     let kernels = Arc::<Native>::clone(&native);
     let experts = match hub {
         None => Experts::Here,
-        Some(hub) if shape.replicate => Experts::Shared(hub),
+        Some(hub) if shape.replicate => Experts::Shared(hub, u16::MAX),
         Some(hub) => Experts::Nodes(hub),
     };
     let mut forward =
         Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, experts).expect("weights load");
+    forward.set_fallback(fallback);
     if shape.replicate {
         forward.preload(&mut |_, _| ()).expect("experts load");
     }

@@ -5,14 +5,19 @@
 //! or slices, and what it does not answer leaves the router to find somebody else.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use mesh_net::hub::Hub;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
 use mesh_net::station::{NodeService, ReplySink, Station, StationConfig, Stop};
+use mesh_proto::cluster::Policy;
+use mesh_proto::placement::Wishes;
+use mesh_proto::routes::Table;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::Call;
 use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
@@ -23,7 +28,10 @@ use model::home::{Home, Residency};
 use model::kernel::Assignment;
 use model::open::Model;
 
-use crate::cluster::native;
+use router::engine::StatusView;
+use router::request::EngineHandle;
+
+use crate::cluster::{READY_WITHIN, Shape, native, start_engine_with, start_hub};
 
 /// What a node does with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +50,71 @@ pub enum Mood {
     Overflow,
 }
 
+/// A router with scripted nodes.
+#[derive(Debug)]
+pub struct Troupe {
+    /// The way into the engine.
+    pub engine: EngineHandle,
+    /// Its counters.
+    pub status: StatusView,
+    /// The router's side of the mesh.
+    pub hub: Arc<Hub>,
+    /// The nodes.
+    pub nodes: Vec<Scripted>,
+}
+
+impl Troupe {
+    /// Starts them, and returns when every node serves. `fallback`: whether the router computes what no node can be
+    /// asked for.
+    pub fn start(model: &Arc<Model>, cast: Vec<Part>, (wishes, fallback): (Wishes, bool)) -> Troupe {
+        Troupe::begin(model, cast, (wishes, None, fallback))
+    }
+
+    /// Starts them with a plan made by hand; `fallback` as for `start`.
+    pub fn placed(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
+        Troupe::begin(model, cast, (Wishes::default(), Some(table), fallback))
+    }
+
+    fn begin(
+        model: &Arc<Model>,
+        cast: Vec<Part>,
+        (wishes, table, fallback): (Wishes, Option<Table>, bool),
+    ) -> Troupe {
+        let policy = Policy { wishes, ..Policy::default() };
+        let (hub, roster, identities) = start_hub(model, cast.len(), policy, table);
+        let start =
+            |(identity, part)| Scripted::start(model, (identity, roster.clone()), hub.local_addr(), part);
+        let nodes: Vec<Scripted> = identities.into_iter().zip(cast).map(start).collect();
+        assert!(hub.wait_ready(nodes.len(), READY_WITHIN), "the nodes did not get ready");
+        let shape = Shape { nodes: nodes.len(), chunk: 64, kv_blocks: 512, replicate: false };
+        let (engine, status) = start_engine_with(model, shape, Some(Arc::clone(&hub)), fallback);
+        Troupe { engine, status, hub, nodes }
+    }
+}
+
+/// What a node is told to be.
+#[derive(Clone)]
+pub struct Part {
+    /// What it does with its calls.
+    pub script: Script,
+    /// Bytes it takes of weights.
+    pub memory_bytes: u64,
+}
+
+/// Its room: what it does is a function.
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Part({} bytes)", self.memory_bytes)
+    }
+}
+
+impl Part {
+    /// A node with room for everything.
+    pub fn new(script: impl Fn(u64) -> Mood + Send + Sync + 'static) -> Part {
+        Part { script: Arc::new(script), memory_bytes: 1 << 40 }
+    }
+}
+
 /// Chooses a mood for the n-th call, counted from 0.
 pub type Script = Arc<dyn Fn(u64) -> Mood + Send + Sync>;
 
@@ -58,8 +131,8 @@ impl Scripted {
     pub fn start(
         model: &Arc<Model>,
         (identity, roster): (Identity, Roster),
-        router: std::net::SocketAddr,
-        script: Script,
+        router: SocketAddr,
+        part: Part,
     ) -> Scripted {
         let (work, inbox) = channel();
         let calls = Arc::new(AtomicU64::new(0));
@@ -68,11 +141,16 @@ impl Scripted {
             home: Home::new(Arc::clone(model), native(), Residency::Mapped),
             model: Arc::clone(model),
             held: Arc::clone(&held),
-            script,
+            script: part.script,
             calls: Arc::clone(&calls),
         };
         std::thread::spawn(move || worker.run(&inbox));
-        let service = Service { fingerprint: model.fingerprint, held, work: Mutex::new(work) };
+        let service = Service {
+            fingerprint: model.fingerprint,
+            memory_bytes: part.memory_bytes,
+            held,
+            work: Mutex::new(work),
+        };
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
         let config = StationConfig { identity, roster, routers: vec![router], pool };
         let stop = Stop::new();
@@ -102,6 +180,7 @@ type Held = BTreeMap<(u64, ExpertKey), (u16, u16)>;
 
 struct Service {
     fingerprint: [u8; 32],
+    memory_bytes: u64,
     held: Arc<Mutex<Held>>,
     work: Mutex<Sender<(Call, ReplySink)>>,
 }
@@ -112,7 +191,7 @@ impl NodeService for Service {
             name: "scripted".into(),
             version: "0".into(),
             model: self.fingerprint,
-            memory_bytes: 1 << 30,
+            memory_bytes: self.memory_bytes,
             threads: 1,
             exact: true,
             kernels: "scripted".into(),
@@ -188,7 +267,8 @@ impl Worker {
             let layer = usize::from(head.layer);
             self.home.add_slice(layer, part, (x, &assignments), &mut sums).expect("it computes");
         }
-        let narrow = |row: &[i64]| row.iter().map(|sum| i32::try_from(*sum).ok()).collect::<Option<Vec<i32>>>();
+        let narrow =
+            |row: &[i64]| row.iter().map(|sum| i32::try_from(*sum).ok()).collect::<Option<Vec<i32>>>();
         let rows: Vec<_> = sums.chunks_exact(hidden).map(narrow).collect();
         reply(call, sink, &rows);
     }

@@ -10,8 +10,10 @@ use clap::{Args, ValueEnum};
 use mesh_net::hub::HubConfig;
 use mesh_net::identity::Identity;
 use mesh_net::roster::Roster;
+use mesh_proto::placement::Copies;
+use mesh_proto::routes::HOLDERS_MAX;
 use model::kernel::paced::paced;
-use router::serve::{MeshConfig, Milestone, RouterConfig};
+use router::serve::{MeshConfig, Milestone, Resident, RouterConfig};
 use serde_json::json;
 
 use crate::model_options::{ModelOptions, parse_pace};
@@ -52,6 +54,16 @@ pub(crate) struct Options {
     /// with status 503 instead of being slow (for routers without the memory or the disk for it)
     #[arg(long, requires = "roster")]
     no_fallback: bool,
+    /// Memory for experts besides the nodes', in MiB: as many of each layer as fit are shared with the nodes
+    #[arg(long, conflicts_with = "replicate", requires = "roster")]
+    memory: Option<u64>,
+    /// Machines that hold each expert: 1 to 4, as far as their memory goes. auto: 2, where memory is left and it costs
+    /// little speed
+    #[arg(long, default_value = "auto", value_parser = parse_replicas)]
+    replicas: Copies,
+    /// auto: experts are cut and spread over several nodes where that is faster. off: experts stay whole
+    #[arg(long, value_enum, default_value_t = Slices::Off)]
+    slices: Slices,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
@@ -82,13 +94,40 @@ pub(crate) enum Replicate {
     None,
 }
 
+/// Whether experts may be cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Slices {
+    Auto,
+    Off,
+}
+
+/// Reads `--replicas`.
+pub(crate) fn parse_replicas(text: &str) -> Result<Copies, String> {
+    match text {
+        "auto" => Ok(Copies::Auto),
+        number => match number.parse() {
+            Ok(copies) if (1..=HOLDERS_MAX).contains(&usize::from(copies)) => Ok(Copies::Exactly(copies)),
+            _ => Err(format!("say auto, or a number from 1 to {HOLDERS_MAX}")),
+        },
+    }
+}
+
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mesh = match (&options.roster, &options.key) {
         (Some(roster), Some(key)) => {
             let (identity, roster) = (Identity::load(key)?, Roster::load(roster)?);
             let wait = Duration::from_secs(options.wait);
             let spin = Duration::from_micros(options.spin_us);
-            Some(MeshConfig { identity, roster, listen: options.listen, wait, spin })
+            Some(MeshConfig {
+                identity,
+                roster,
+                listen: options.listen,
+                wait,
+                spin,
+                copies: options.replicas,
+                slices: options.slices == Slices::Auto,
+                placement_file: None,
+            })
         }
         _ => None,
     };
@@ -98,8 +137,12 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let name = model.name.clone();
     let config = RouterConfig {
         mesh,
-        replicate: options.replicate == Replicate::All,
         fallback: !options.no_fallback,
+        resident: match (options.replicate, options.memory) {
+            (Replicate::All, _) => Resident::All,
+            (Replicate::None, Some(mebibytes)) => Resident::Bytes(mebibytes << 20),
+            (Replicate::None, None) => Resident::None,
+        },
         memory_bytes: memory::available(),
         require_exact: options.model.require_exact(),
         http: options.http,

@@ -11,6 +11,7 @@
 //! to start for an identity that is not the roster's router.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::cluster::{self, Action, Cluster, Event, NodeState, Policy};
 use mesh_proto::facts::{Member, ModelFacts};
 use mesh_proto::health::Budget;
+use mesh_proto::placement::Outlook;
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
 use mesh_wire::call::OutgoingCall;
@@ -38,6 +40,7 @@ use crate::lane::Job;
 pub use crate::lane::Lane;
 use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
 use crate::pending::{CallError, PendingCall, Slot};
+use crate::plan_file::PlanFile;
 use crate::roster::{Machine, Roster, RosterError};
 pub use crate::tally::NodeCounters;
 use crate::tally::{Feed, Tally};
@@ -76,6 +79,8 @@ pub struct HubConfig {
     pub spin: Duration,
     /// Bytes of frames that may be under way.
     pub pool_bytes_max: usize,
+    /// Where plans are kept, so that nodes keep their shards when the router starts again.
+    pub placement_file: Option<PathBuf>,
 }
 
 impl HubConfig {
@@ -95,6 +100,7 @@ impl HubConfig {
             policy: Policy::default(),
             spin: Duration::ZERO,
             pool_bytes_max: HubConfig::POOL_BYTES_MAX,
+            placement_file: None,
         }
     }
 }
@@ -182,6 +188,7 @@ struct Shared {
     started: Instant,
     cluster: Mutex<Cluster>,
     changed: Condvar,
+    plan_file: Option<Arc<PlanFile>>,
     routes: RwLock<Arc<Routes>>,
     pool: Pool,
     connections: AtomicU64,
@@ -327,6 +334,11 @@ impl Hub {
         drop(self.commands.try_send(Command::Plan));
     }
 
+    /// The plan in use, in short.
+    pub fn outlook(&self) -> Option<Outlook> {
+        self.shared.cluster().outlook()
+    }
+
     /// Every node of the roster, in the order of `NodeIndex`.
     pub fn nodes(&self) -> Vec<NodeStatus> {
         let statuses = self.shared.cluster().statuses();
@@ -376,7 +388,13 @@ impl Shared {
     fn new(config: HubConfig) -> Shared {
         let member = |node: &Machine| Member { id: node.key, name: node.name.clone() };
         let members = config.roster.nodes.iter().map(member).collect();
-        let cluster = Cluster::with_policy(members, config.facts, config.policy);
+        let mut cluster = Cluster::with_policy(members, config.facts, config.policy);
+        let plan_file = config.placement_file.map(|path| Arc::new(PlanFile::new(path)));
+        let stored = plan_file.as_ref().and_then(|file| file.read(cluster.facts(), cluster.members()));
+        if let Some(stored) = stored {
+            tracing::info!(epoch = stored.epoch, "the last plan is taken up again");
+            cluster.restore(stored);
+        }
         let routes = RwLock::new(cluster.routes());
         let seat = |machine| Seat { machine, tally: Arc::default(), link: Mutex::new(None) };
         Shared {
@@ -384,12 +402,27 @@ impl Shared {
             started: Instant::now(),
             cluster: Mutex::new(cluster),
             changed: Condvar::new(),
+            plan_file,
             routes,
             pool: Pool::new(config.pool_bytes_max),
             connections: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
             deferred: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+        }
+    }
+
+    /// Keeps a new plan for the next start.
+    fn keep_plan(&self, file: &Arc<PlanFile>) {
+        let cluster = self.cluster();
+        let Some(stored) = cluster.newest() else { return };
+        let (facts, members) = (cluster.facts().clone(), cluster.members().to_vec());
+        drop(cluster);
+        let file = Arc::clone(file);
+        let write = move || file.write(stored.epoch, &stored.to_text(&facts, &members));
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(write)),
+            Err(_) => write(),
         }
     }
 
@@ -433,7 +466,15 @@ impl Shared {
 impl Feed for Shared {
     fn feed(&self, event: Event) {
         let quiet = matches!(event, Event::Answered { .. } | Event::Tick);
-        let actions = self.cluster().handle(self.started.elapsed(), event);
+        let (actions, planned) = {
+            let mut cluster = self.cluster();
+            let before = cluster.newest_epoch();
+            let actions = cluster.handle(self.started.elapsed(), event);
+            (actions, cluster.newest_epoch() > before)
+        };
+        if let Some(file) = self.plan_file.as_ref().filter(|_| planned) {
+            self.keep_plan(file);
+        }
         let wake = !quiet || !actions.is_empty();
         for action in actions {
             self.carry_out(action);

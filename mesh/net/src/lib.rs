@@ -16,6 +16,8 @@ mod link;
 
 mod lane;
 
+mod plan_file;
+
 pub mod station;
 
 pub mod pending;

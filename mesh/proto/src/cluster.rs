@@ -19,7 +19,7 @@ use mesh_wire::control::{Health, Hello, Placed, Placement};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Budget, Flaps, Speed, Trust};
 use crate::machine::{Capacity, Machine};
-use crate::placement::{Plan, Wishes, plan};
+use crate::placement::{Outlook, Plan, Wishes, plan};
 use crate::routes::{NodeIndex, Routes, Table};
 use crate::stored::Stored;
 
@@ -413,9 +413,9 @@ impl Cluster {
         self.next.as_ref().map(|stage| stage.epoch)
     }
 
-    /// The plan in use.
-    pub fn plan(&self) -> Option<&Plan> {
-        self.current.as_ref().map(|stage| &stage.plan)
+    /// The plan in use, in short.
+    pub fn outlook(&self) -> Option<Outlook> {
+        self.current.as_ref().map(|stage| stage.plan.outlook(stage.epoch, &self.facts))
     }
 
     /// The newest plan, in use or being loaded: what `restore` takes after a restart. Its epoch tells whether

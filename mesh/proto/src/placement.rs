@@ -14,7 +14,7 @@
 
 use mesh_wire::id::Slice;
 
-use crate::cost::{DRAWS, Decode, Scene};
+use crate::cost::{DRAWS, Decode, NodeUse, Scene};
 use crate::facts::{LinkSpeed, ModelFacts};
 use crate::layout::Layout;
 pub use crate::machine::Capacity;
@@ -167,11 +167,51 @@ impl Plan {
             && (self.unplaced() == 0 || room(memory_bytes) <= room(then.memory_bytes))
     }
 
+    /// What there is to say of it in short.
+    pub fn outlook(&self, epoch: u64, facts: &ModelFacts) -> Outlook {
+        let experts = facts.moe_layers.len() as u64 * u64::from(facts.top_k) * facts.expert_bytes;
+        let left_out: Vec<NodeIndex> = self.left_out(facts).collect();
+        let share = |(node, used): (&Capacity, &NodeUse)| Share {
+            node: node.node,
+            share: used.weight_bytes as f64 / experts.max(1) as f64,
+            left_out: left_out.contains(&node.node),
+        };
+        let shares = self.capacities.iter().zip(&self.predicted.nodes).map(share).collect();
+        let (unplaced, token_ns) = (self.unplaced(), self.predicted.token_ns);
+        Outlook { epoch, token_ns, copies: self.copies(), unplaced, shares }
+    }
+
     /// Nodes whose share of the work makes decoding slower, though they have room for some: they hold copies at most.
     pub fn left_out(&self, facts: &ModelFacts) -> impl Iterator<Item = NodeIndex> {
         let able = self.capacities.iter().filter(|node| node.memory_bytes >= facts.slice_bytes(0, 1));
         able.map(|node| node.node).filter(|node| self.load(*node).primaries == 0)
     }
+}
+
+/// A plan in short.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outlook {
+    /// Its version.
+    pub epoch: u64,
+    /// Predicted nanoseconds of a token on its own.
+    pub token_ns: u64,
+    /// Fewest holders of an expert or slice that has any, and most.
+    pub copies: (usize, usize),
+    /// Experts and slices that nobody holds.
+    pub unplaced: usize,
+    /// By node that it was made for.
+    pub shares: Vec<Share>,
+}
+
+/// What a node is to do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Which.
+    pub node: NodeIndex,
+    /// Share of the experts' bytes of a token that it is expected to read.
+    pub share: f64,
+    /// Whether it would make decoding slower, and holds copies at most.
+    pub left_out: bool,
 }
 
 /// A node's part of a plan, counted.

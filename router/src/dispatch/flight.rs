@@ -68,8 +68,8 @@ pub(super) struct Batch {
     pub(super) assignments: Vec<Assignment>,
     /// The pieces of work it consists of: one per expert, as a node holds one part of each.
     pub(super) units: Vec<Unit>,
-    /// By expert; `u32::MAX` where it has none.
-    unit_of: Vec<Unit>,
+    /// The experts of `units`.
+    experts: Vec<u16>,
 }
 
 impl Batch {
@@ -78,7 +78,7 @@ impl Batch {
         self.rows.clear();
         self.assignments.clear();
         self.units.clear();
-        self.unit_of.fill(Unit::MAX);
+        self.experts.clear();
     }
 
     /// Adds an assignment; rows come in ascending order. The unit of its expert, if it has one yet.
@@ -87,15 +87,13 @@ impl Batch {
             self.rows.push(assignment.row);
         }
         self.assignments.push(*assignment);
-        self.unit_of.get(usize::from(assignment.expert)).copied().filter(|unit| *unit != Unit::MAX)
+        // A few for a token, a hundred for a prompt, in a few cache lines.
+        let known = self.experts.iter().position(|expert| *expert == assignment.expert)?;
+        self.units.get(known).copied()
     }
 
     pub(super) fn name(&mut self, expert: u16, unit: Unit) {
-        let expert = usize::from(expert);
-        if self.unit_of.len() <= expert {
-            self.unit_of.resize(expert + 1, Unit::MAX);
-        }
-        self.unit_of[expert] = unit;
+        self.experts.push(expert);
         self.units.push(unit);
     }
 }

@@ -92,8 +92,7 @@ impl Server {
             exact: "native".into(),
             version: "0.1.0".into(),
         };
-        let mut service =
-            Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(nodes));
+        let mut service = Service::new(engine, prompt.clone(), metrics.clone(), identity, Arc::new(nodes));
         service.keys = ApiKeys::new(keys);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

@@ -16,9 +16,10 @@ use clap::Args;
 use comfy_table::{Table, presets};
 use model::kernel::bench::read_bandwidth_gb_s;
 use model::kernel::measure::ROWS;
+use router::serve::model_facts;
 use serde_json::{Map, Value, json};
 
-use self::limits::{Arrangement, Bandwidth, Measured, TokenWork, memory_limit, predicted};
+use self::limits::{Arrangement, Bandwidth, memory_limit, predicted_alone};
 use crate::client::Client;
 use crate::cluster::{Cluster, ClusterOptions, number};
 use crate::commands::router::Replicate;
@@ -48,6 +49,12 @@ pub(crate) struct Options {
     /// all: the router holds every expert too and computes its share of each layer
     #[arg(long, value_enum, default_value_t = Replicate::None)]
     replicate: Replicate,
+    /// Machines that hold each expert: 1 to 4, or auto
+    #[arg(long, default_value = "1")]
+    replicas: String,
+    /// Whether experts may be cut: auto or off
+    #[arg(long, default_value = "off")]
+    slices: String,
     /// Tokens of the prefill request
     #[arg(long, default_value_t = 512)]
     prompt: usize,
@@ -92,7 +99,11 @@ impl Options {
     }
 
     fn router_arguments(&self) -> Vec<String> {
-        let mut arguments = Vec::new();
+        let mut arguments: Vec<String> = Vec::new();
+        if self.nodes > 0 {
+            let plan = ["--replicas", &self.replicas, "--slices", &self.slices];
+            arguments.extend(plan.map(str::to_owned));
+        }
         if self.nodes > 0 && self.replicate == Replicate::All {
             arguments.extend(["--replicate".to_owned(), "all".to_owned()]);
         }
@@ -126,12 +137,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let paces = options.paces()?;
     let model = options.model.open()?;
     let (vocab, name) = (model.config.vocab, model.name.clone());
-    let work = TokenWork {
-        bytes: model.config.token_bytes(model.format),
-        moe_layers: model.config.moe_layers().count(),
-        top_k: model.config.moe.top_k,
-        expert_bytes: model.format.expert_bytes(model.config.hidden, model.config.moe.inter) as u64,
-    };
+    let (bytes, facts) = (model.config.token_bytes(model.format), model_facts(&model));
     let layers = model.config.layers.len();
     drop(model);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -155,7 +161,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let [before, after, last] = &measured.reports;
     let stages = stages((before, after), measured.decode.tokens, 1e6 / decode_tok_s);
     let overhead: f64 = OVERHEAD_STAGES.iter().filter_map(|stage| stages.get(*stage)?.as_f64()).sum();
-    let limit = memory_limit(work.bytes, bandwidth);
+    let predicted = match options.arrangement() {
+        Arrangement::Alone => predicted_alone(&facts, table(&after["router"])),
+        _ => after.pointer("/plan/predicted_tok_s").and_then(Value::as_f64),
+    };
+    let limit = memory_limit(bytes, bandwidth);
     let report = json!({
         "model": name,
         "weights": options.model.weights,
@@ -168,17 +178,20 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         "decode_tok_s": decode_tok_s,
         "prefill_tok_s": options.prompt as f64 / measured.prefill.first.as_secs_f64(),
         "prompt": options.prompt,
-        "weights_bytes_per_token": work.bytes.router + work.bytes.experts,
-        "router_bytes_per_token": work.bytes.router,
+        "weights_bytes_per_token": bytes.router + bytes.experts,
+        "router_bytes_per_token": bytes.router,
         "read_gb_s": bandwidth.router,
         "joint_read_gb_s": bandwidth.experts,
         "memory_limit_tok_s": limit,
         "memory_limit_ratio": decode_tok_s / limit,
-        "predicted_tok_s": predicted(&work, options.arrangement(), &speeds(after)),
+        "predicted_tok_s": predicted,
+        "plan": after["plan"],
         "wire_bytes_per_token": measured.decode.wire_bytes / measured.decode.tokens as u64,
         "experts_here": share_here(before, after),
         "experts_here_prefill": share_here(after, last),
         "speeds": speed_report(after),
+        "planned_shares": shares(after, "planned_share"),
+        "links": shares(after, "link"),
         "memory": memory(&measured),
         "overhead_us_per_layer": overhead / layers as f64,
         "stages_us": stages,
@@ -244,17 +257,18 @@ fn share_here(before: &Value, after: &Value) -> f64 {
     grown("assignments_here") / grown("assignments").max(1.0)
 }
 
-/// What router and nodes said of their speed.
-fn speeds(report: &Value) -> Vec<Measured> {
-    let one = |process: &Value| {
-        let mut measured = Measured { call_us: number(process, "/call_overhead_us"), ..Measured::default() };
-        for (index, mb_s) in (0..ROWS.len()).zip(&mut measured.weight_mb_s) {
-            *mb_s = number(process, &format!("/weight_mb_s/{index}")) as u32;
-        }
-        measured
-    };
-    let nodes = report["nodes"].as_array().into_iter().flatten();
-    std::iter::once(&report["router"]).chain(nodes).map(one).collect()
+/// What a process measured of itself, MB/s at `ROWS`.
+fn table(process: &Value) -> [u32; ROWS.len()] {
+    let mut table = [0; ROWS.len()];
+    for (index, mb_s) in table.iter_mut().enumerate() {
+        *mb_s = number(process, &format!("/weight_mb_s/{index}")) as u32;
+    }
+    table
+}
+
+/// One figure of every node.
+fn shares(report: &Value, key: &str) -> Value {
+    report["nodes"].as_array().into_iter().flatten().map(|node| node[key].clone()).collect()
 }
 
 /// Tables, and what calls have shown since, router first.
