@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use mesh_proto::cluster::{Event, Policy};
+use mesh_proto::cluster::{Event, NodeState, NodeStatus, Policy};
 use mesh_proto::facts::{LinkSpeed, ModelFacts};
 use mesh_proto::placement::Copies;
 use mesh_proto::routes::NodeIndex;
@@ -399,6 +399,11 @@ impl World {
         }
         if self.router_up {
             self.pump();
+        }
+        // A refusal that was on its way when the operator asked: he asks again.
+        let refused = |status: &NodeStatus| status.state == NodeState::Refused;
+        if self.calm && self.router.cluster.statuses().iter().any(refused) {
+            self.handle(Event::Plan);
         }
     }
 
