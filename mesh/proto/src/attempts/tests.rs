@@ -278,21 +278,22 @@ fn life() -> impl Strategy<Value = Life> {
         .prop_map(|(units, fates, standings, fallback)| Life { units, fates, standings, fallback })
 }
 
-/// Lives it, with events in order of time, and says how many calls that are no hedges and how many hedges were sent.
-fn live(life: &Life, hedges: &mut HedgeBudget) -> (u32, u64) {
-    let standing = |node: NodeIndex| match life.standings[usize::from(node).min(5)] {
-        0 => Standing::Out,
-        1 => Standing::Doubtful(u32::from(node)),
-        load => Standing::Good(u32::from(load)),
-    };
-    let mut attempts = Attempts::default();
-    attempts.clear(life.fallback);
-    let mut accounted = vec![0; life.units.len()];
-    // Time, call, whether it is an answer.
-    let mut events: Vec<(Duration, Call, bool)> = Vec::new();
-    let plan = |events: &mut Vec<_>, call: Call, now: Duration| {
+/// When something happens to which call, and whether it is an answer.
+type Happening = (Duration, Call, bool);
+
+impl Life {
+    fn standing(&self, node: NodeIndex) -> Standing {
+        match self.standings[usize::from(node).min(5)] {
+            0 => Standing::Out,
+            1 => Standing::Doubtful(u32::from(node)),
+            load => Standing::Good(u32::from(load)),
+        }
+    }
+
+    /// What will happen to a call that is sent now. False if it cannot be sent.
+    fn send(&self, events: &mut Vec<Happening>, call: Call, now: Duration) -> bool {
         let at = |ms: u64| now + MS * ms as u32;
-        match life.fates[call as usize % life.fates.len()] {
+        match self.fates[call as usize % self.fates.len()] {
             Fate::Answer(ms) => events.push((at(ms), call, true)),
             Fate::Fail(ms) => events.push((at(ms), call, false)),
             Fate::Twice(first, second) => events.extend([(at(first), call, true), (at(second), call, true)]),
@@ -300,67 +301,88 @@ fn live(life: &Life, hedges: &mut HedgeBudget) -> (u32, u64) {
             Fate::Unsendable => return false,
         }
         true
-    };
-    let mut now = Duration::ZERO;
-    let mut first: Vec<(NodeIndex, Vec<Unit>)> = Vec::new();
-    for holders in &life.units {
-        let unit = attempts.unit(held_by(holders), 1);
-        let node = *holders.iter().find(|node| **node != ROUTER).unwrap_or(&0);
-        match first.iter_mut().find(|(known, _)| *known == node) {
-            Some((_, units)) => units.push(unit),
-            None => first.push((node, vec![unit])),
-        }
     }
-    for (node, units) in &first {
-        let call = attempts.ask(*node, units, now, BUDGET);
-        hedges.earn();
-        if !plan(&mut events, call, now) {
-            attempts.failed(call);
+
+    /// Sends every unit to its first holder; how many calls that takes.
+    fn begin(&self, attempts: &mut Attempts, events: &mut Vec<Happening>, hedges: &mut HedgeBudget) -> u32 {
+        let mut first: Vec<(NodeIndex, Vec<Unit>)> = Vec::new();
+        for holders in &self.units {
+            let unit = attempts.unit(held_by(holders), 1);
+            let node = *holders.iter().find(|node| **node != ROUTER).unwrap_or(&0);
+            match first.iter_mut().find(|(known, _)| *known == node) {
+                Some((_, units)) => units.push(unit),
+                None => first.push((node, vec![unit])),
+            }
         }
+        for (node, units) in &first {
+            let call = attempts.ask(*node, units, Duration::ZERO, BUDGET);
+            hedges.earn();
+            if !self.send(events, call, Duration::ZERO) {
+                attempts.failed(call);
+            }
+        }
+        first.len() as u32
     }
-    let mut dropped = Vec::new();
+}
+
+/// Lets the next thing happen, unless `until` is earlier; the time then.
+fn wait(
+    attempts: &mut Attempts,
+    events: &mut Vec<Happening>,
+    (now, until): (Duration, Duration),
+) -> Duration {
+    let next = events.iter().enumerate().min_by_key(|(_, (at, call, _))| (*at, *call));
+    let Some((index, (at, call, answer))) = next.map(|(index, event)| (index, *event)) else { return until };
+    if at > until {
+        return until;
+    }
+    events.swap_remove(index);
+    if answer {
+        attempts.answered(call);
+    } else {
+        attempts.failed(call);
+    }
+    now.max(at)
+}
+
+/// Lives it, and says how many calls that are no hedges and how many hedges were sent.
+fn live(life: &Life, hedges: &mut HedgeBudget) -> (u32, u64) {
+    let standing = |node: NodeIndex| life.standing(node);
+    let (mut attempts, mut events) = (Attempts::default(), Vec::new());
+    attempts.clear(life.fallback);
+    let calls = life.begin(&mut attempts, &mut events, hedges);
+    let (mut now, mut dropped, mut accounted) = (Duration::ZERO, Vec::new(), vec![0; life.units.len()]);
+    let mut account = |units: &[Unit]| units.iter().for_each(|unit| accounted[*unit as usize] += 1);
     for _ in 0..10_000 {
         match attempts.next(now, &standing, hedges) {
-            Step::Send { call, .. } if plan(&mut events, call, now) => attempts.started(call, now, BUDGET),
+            Step::Send { call, .. } if life.send(&mut events, call, now) => {
+                attempts.started(call, now, BUDGET)
+            }
             Step::Send { call, .. } => attempts.failed(call),
             Step::Compute { units, mapped } => {
                 assert!(!mapped || life.fallback);
-                attempts.list(units).iter().for_each(|unit| accounted[*unit as usize] += 1);
+                account(attempts.list(units));
             }
             Step::Lost(units) => {
                 assert!(!life.fallback);
-                attempts.list(units).iter().for_each(|unit| accounted[*unit as usize] += 1);
+                account(attempts.list(units));
             }
             Step::Add(call) => {
                 assert!(!dropped.contains(&call), "added after it was dropped");
-                attempts.units_of(call).iter().for_each(|unit| accounted[*unit as usize] += 1);
+                account(attempts.units_of(call));
             }
             Step::Drop(call, _) => dropped.push(call),
             Step::Overdue(..) => {}
             Step::Wait(until) => {
                 assert!(until > now && until <= now + BUDGET.total, "{until:?} at {now:?}");
-                let next = events.iter().enumerate().min_by_key(|(_, (at, call, _))| (*at, *call));
-                match next.map(|(index, event)| (index, *event)) {
-                    Some((index, (at, call, answer))) if at <= until => {
-                        events.swap_remove(index);
-                        now = now.max(at);
-                        if answer {
-                            attempts.answered(call);
-                        } else {
-                            attempts.failed(call);
-                        }
-                    }
-                    _ => now = until,
-                }
+                now = wait(&mut attempts, &mut events, (now, until));
             }
             Step::Done => {
                 assert!(accounted.iter().all(|times| *times == 1), "{accounted:?}");
                 // Nothing that comes now matters.
-                for (_, call, _) in events {
-                    assert!(!attempts.answered(call));
-                }
+                assert!(events.into_iter().all(|(_, call, _)| !attempts.answered(call)));
                 assert_eq!(attempts.next(now, &standing, hedges), Step::Done);
-                return (first.len() as u32, attempts.counts().hedges);
+                return (calls, attempts.counts().hedges);
             }
         }
     }
