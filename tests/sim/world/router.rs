@@ -223,7 +223,8 @@ impl World {
         let all = routes.table.all().count() as u64;
         let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
         let states = cluster.statuses();
-        let planned = |node| cluster.plan().is_some_and(|plan| plan.capacity(node).is_some());
+        let newest = cluster.newest();
+        let planned = |node| newest.as_ref().is_some_and(|newest| newest.plan.capacity(node).is_some());
         if !(0..self.machines.len() as NodeIndex).all(planned) {
             return false;
         }
