@@ -13,17 +13,19 @@ DIST := $(TARGET_DIR)/dist
 KILLS ?= 50
 ROWS ?=
 
-.PHONY: help setup demo test bench lint doc dist lab
+.PHONY: help setup demo test sim bench lint doc dist deploy-check lab
 
 help:
 	@echo "make setup   fetch or find libtorch 2.11 (LIBTORCH=/path uses yours, TORCH=cuda keeps the CUDA libraries)"
 	@echo "make demo    one router and three expert nodes on this machine tell a story"
 	@echo "make test    all tests"
+	@echo "make sim     SEEDS=N seeds of the simulation (SEED=K replays one and prints its trace)"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make lab     the fault matrix on a LAN of network namespaces, $(KILLS) kills (KILLS=1000: the record; ROWS=1,7: only these rows; needs Linux and root)"
 	@echo "make bench   kernels, link and decoding of this machine, as JSON"
 	@echo "make doc     API documentation in $(TARGET_DIR)/doc"
 	@echo "make dist    moemesh-$(ARCH).tar with libtorch beside the program, and one file without it"
+	@echo "make deploy-check  units, container and alerts in deploy/, with the tools that are installed"
 
 setup:
 	@scripts/setup-libtorch
@@ -36,6 +38,12 @@ demo: setup
 test: setup
 	@echo "==> tests (the first time compiles for minutes)"
 	$(CARGO) test --release --workspace
+
+# Needs no libtorch. The seeds of `make test` are the first thousand of these.
+SEEDS ?= 20000
+sim:
+	@MOEMESH_SIM_SEEDS=$(SEEDS) MOEMESH_SIM_SEED=$(SEED) $(CARGO) test --release -p moemesh-tests --no-default-features \
+		--test sim -- --nocapture
 
 bench: setup
 	@echo "==> building moemesh"
@@ -96,5 +104,9 @@ dist: setup
 		cp -L "$$lib" $(DIST)/moemesh/lib/ || exit 1; \
 	done
 	@cp LICENSE LICENSE-APACHE LICENSE-MIT README.md $(DIST)/moemesh/
+	@cp -r deploy docs $(DIST)/moemesh/
 	@tar -C $(DIST) -cf $(DIST)/moemesh-$(ARCH).tar moemesh
 	@ls -l $(DIST)/moemesh-$(ARCH).tar $(DIST)/moemesh-native-$(ARCH)
+
+deploy-check:
+	@deploy/check

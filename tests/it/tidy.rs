@@ -28,8 +28,9 @@ const MADE: [&str; 3] = ["target", "cache", "node_modules"];
 /// Hidden folders that are written.
 const HIDDEN_WRITTEN: [&str; 3] = [".cargo", ".ci", ".github"];
 /// What is read as text.
-const TEXT_ENDINGS: [&str; 9] = ["rs", "toml", "md", "py", "sh", "yml", "yaml", "service", "jinja"];
-const TEXT_NAMES: [&str; 3] = ["Makefile", "run", "setup-libtorch"];
+const TEXT_ENDINGS: [&str; 11] =
+    ["rs", "toml", "md", "py", "sh", "yml", "yaml", "service", "env", "sysusers", "jinja"];
+const TEXT_NAMES: [&str; 5] = ["Makefile", "run", "setup-libtorch", "check", "Containerfile"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
