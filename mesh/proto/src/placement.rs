@@ -483,8 +483,13 @@ impl<'a> Search<'a> {
     /// Whether the first so many nodes leave out one that is as good as one of them. With large experts that may be
     /// right (answers queue for the router's link); with small ones it only leaves machines idle.
     fn splits_equals(&self, first: usize) -> bool {
-        let cost = |position: usize| self.order.get(position).map(|node| self.costs[*node]);
-        self.light && first > 0 && cost(first).is_some() && cost(first - 1) == cost(first)
+        let top_k = u64::from(self.whole.top_k);
+        let cost = |position: usize| {
+            let (call, expert) = self.costs[*self.order.get(position)?];
+            Some(call.saturating_add(expert.saturating_mul(top_k)))
+        };
+        let (Some(last), Some(next)) = (cost(first.saturating_sub(1)), cost(first)) else { return false };
+        self.light && next <= last.saturating_add(ROUND_TRIP_NOISE_LIGHT_NS)
     }
 
     fn improve(&self, best: &mut (Outline, Option<Score>), outline: Outline, (draws, margin): (u32, u64)) {
