@@ -53,8 +53,8 @@ fn demo_reports_the_story_and_the_nodes_shares() {
         }
         experts += node["experts"].as_u64().expect("a count");
     }
-    // 24 experts in each of 6 layers, each on two nodes: there is memory for that.
-    assert_eq!(experts, 2 * 24 * 6);
+    // 24 experts in each of 6 layers, each on one node.
+    assert_eq!(experts, 24 * 6);
     // Four experts per token and layer: those of the prompt and of every token that was fed back.
     let assignments: u64 = nodes.iter().filter_map(|node| node["assignments"].as_u64()).sum();
     assert_eq!(assignments % (4 * 6), 0);

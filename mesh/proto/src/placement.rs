@@ -395,7 +395,9 @@ impl<'a> Search<'a> {
         let least = |costs: &[u64]| costs.iter().copied().min().unwrap_or(0);
         let light = least(&experts).saturating_mul(whole.top_k.into()) < least(&calls);
         let noise = if light { ROUND_TRIP_NOISE_LIGHT_NS } else { ROUND_TRIP_NOISE_NS };
-        let (calls, experts) = (levelled(&calls, noise), levelled(&experts, 0));
+        // Small experts are measured in moments, one of which is easily disturbed.
+        let noise_experts = if light { noise / u64::from(whole.top_k.max(1)) } else { 0 };
+        let (calls, experts) = (levelled(&calls, noise), levelled(&experts, noise_experts));
         // What is compared is free of noise, too.
         let level = |(node, (call, expert)): (&Capacity, (&u64, &u64))| {
             let mut machine = node.machine;
