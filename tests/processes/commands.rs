@@ -224,3 +224,59 @@ fn an_instruction_set_that_is_unknown_or_lacking_is_refused_by_every_process() {
     }
     moemesh(&["bench", "kernel", "--isa", lacking]).refused(&["this machine has no", lacking, "scalar"]);
 }
+
+#[test]
+fn a_plan_needs_no_cluster_and_says_what_is_missing() {
+    let example = moemesh(&["plan", "--example"]).stdout;
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("machines.toml");
+    fs::write(&file, &example).expect("written");
+    let file = file.to_string_lossy().into_owned();
+    let plan = |model: &str, more: &[&str]| {
+        let model = format!("synthetic:{model}");
+        moemesh(&[&["plan", "--model", &model, "--nodes", &file], more].concat())
+    };
+    let small = plan("qwen3-30b-a3b", &["--json"]).json();
+    assert_eq!((&small["fits"], &small["missing_bytes"]), (&json!(true), &json!(0)));
+    for key in ["decode_tok_s", "prefill_tok_s", "first_token_s", "spare_bytes"] {
+        positive(&small, key);
+    }
+    assert_eq!(small["nodes"].as_array().map(Vec::len), Some(4));
+    let share: f64 =
+        small["nodes"].as_array().into_iter().flatten().filter_map(|node| node["share"].as_f64()).sum();
+    assert!((0.99..1.01).contains(&share), "all of the work is somebody's: {share}");
+    // Two holders of each are more than half the room for the larger model; its experts alone do not fit.
+    let large = plan("qwen3-235b-a22b", &["--json"]).json();
+    assert_eq!(large["fits"], false);
+    positive(&large, "missing_bytes");
+    let said = plan("qwen3-235b-a22b", &[]).stdout;
+    for part in ["fits           no", "more memory on any node", "if tower is lost", "if the router is lost"]
+    {
+        assert!(said.contains(part), "no '{part}' in\n{said}");
+    }
+    let whole = plan("mixtral-8x7b", &["--json", "--slices", "off", "--replicas", "1"]).json();
+    let cut = plan("mixtral-8x7b", &["--json", "--replicas", "1"]).json();
+    assert_eq!(whole["parts_per_expert"], 1);
+    assert!(
+        cut["parts_per_expert"].as_u64() > Some(1)
+            && cut["decode_tok_s"].as_f64() > whole["decode_tok_s"].as_f64()
+    );
+}
+
+#[test]
+fn a_plan_refuses_what_it_cannot_read() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("machines.toml");
+    fs::write(&file, "[router]\ngb_s = 10\nspeed = 3\n").expect("written");
+    let file = file.to_string_lossy().into_owned();
+    let model = "synthetic:olmoe-1b-7b";
+    for (arguments, told) in [
+        (vec!["plan", "--model", model, "--nodes", &file], "line 3"),
+        (vec!["plan", "--model", model, "--nodes", "/does/not/exist"], "moemesh plan --example"),
+        (vec!["plan", "--model", model, "--nodes", &file, "--replicas", "5"], "from 1 to 4"),
+        (vec!["plan", "--model", "synthetic:gpt-9"], "qwen3-30b-a3b"),
+    ] {
+        let ended = moemesh(&arguments);
+        assert!(ended.code != Some(0) && ended.stderr.contains(told), "{arguments:?}: {ended:?}");
+    }
+}

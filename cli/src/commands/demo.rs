@@ -62,7 +62,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         "starting a router and {} node processes for {name} ({})",
         options.nodes, options.model.weights
     );
-    let cluster_options = ClusterOptions { nodes: options.nodes, ..ClusterOptions::default() };
+    // One copy of each expert: every node of the demonstration is needed, and is seen to be.
+    let router_arguments = ["--replicas", "1"].map(str::to_owned).to_vec();
+    let cluster_options =
+        ClusterOptions { nodes: options.nodes, router_arguments, ..ClusterOptions::default() };
     let mut cluster = Cluster::start(&options.model, &cluster_options)?;
     let client = Client::new(cluster.http(), None);
 

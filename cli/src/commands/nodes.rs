@@ -84,6 +84,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 println!("{name}: {note}");
             }
         }
+        promise(&nodes).into_iter().for_each(|line| println!("{line}"));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -93,7 +94,8 @@ pub(crate) fn table(nodes: &Value) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
     table.set_header([
-        "node", "state", "experts", "weights", "calls", "share", "out", "in", "service", "trip", "missed",
+        "node", "state", "experts", "weights", "link", "rate", "planned", "share", "calls", "out", "in",
+        "service", "trip", "missed",
     ]);
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
@@ -107,8 +109,15 @@ pub(crate) fn table(nodes: &Value) -> Table {
             Cell::new(node["state"].as_str().unwrap_or("?")),
             Cell::new(number(node, "experts")),
             Cell::new(output::bytes(number(node, "weight_bytes"))),
-            Cell::new(number(node, "calls")),
+            Cell::new(measured(number(&node["link"], "round_trip_us"), "us")),
+            Cell::new(measured(number(&node["link"], "mb_s"), "MB/s")),
+            Cell::new(
+                node["planned_share"]
+                    .as_f64()
+                    .map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)),
+            ),
             Cell::new(format!("{share:.0} %")),
+            Cell::new(number(node, "calls")),
             Cell::new(output::bytes(number(node, "bytes_out"))),
             Cell::new(output::bytes(number(node, "bytes_in"))),
             Cell::new(format!("{} us", number(node, "service_us"))),
@@ -117,6 +126,25 @@ pub(crate) fn table(nodes: &Value) -> Table {
         ]);
     }
     table
+}
+
+/// A figure that may not have been measured yet.
+fn measured(figure: u64, unit: &str) -> String {
+    if figure == 0 { String::new() } else { format!("{figure} {unit}") }
+}
+
+/// What the plan in use promised, in a line; nothing without one.
+pub(crate) fn promise(report: &Value) -> Option<String> {
+    let plan = &report["plan"];
+    let tok_s = plan["predicted_tok_s"].as_f64()?;
+    let left = match number(plan, "unplaced") {
+        0 => String::new(),
+        unplaced => format!(", {unplaced} experts or slices on the router for want of memory"),
+    };
+    let (epoch, copies) = (number(plan, "epoch"), number(plan, "copies"));
+    Some(format!(
+        "plan {epoch}: {tok_s:.1} tokens/s predicted, at least {copies} holders of what is held{left}"
+    ))
 }
 
 fn number(node: &Value, key: &str) -> u64 {

@@ -395,7 +395,9 @@ impl<'a> Search<'a> {
         let least = |costs: &[u64]| costs.iter().copied().min().unwrap_or(0);
         let light = least(&experts).saturating_mul(whole.top_k.into()) < least(&calls);
         let noise = if light { ROUND_TRIP_NOISE_LIGHT_NS } else { ROUND_TRIP_NOISE_NS };
-        let (calls, experts) = (levelled(&calls, noise), levelled(&experts, 0));
+        // Small experts are measured in moments, one of which is easily disturbed.
+        let noise_experts = if light { noise / u64::from(whole.top_k.max(1)) } else { 0 };
+        let (calls, experts) = (levelled(&calls, noise), levelled(&experts, noise_experts));
         // What is compared is free of noise, too.
         let level = |(node, (call, expert)): (&Capacity, (&u64, &u64))| {
             let mut machine = node.machine;
@@ -483,8 +485,13 @@ impl<'a> Search<'a> {
     /// Whether the first so many nodes leave out one that is as good as one of them. With large experts that may be
     /// right (answers queue for the router's link); with small ones it only leaves machines idle.
     fn splits_equals(&self, first: usize) -> bool {
-        let cost = |position: usize| self.order.get(position).map(|node| self.costs[*node]);
-        self.light && first > 0 && cost(first).is_some() && cost(first - 1) == cost(first)
+        let top_k = u64::from(self.whole.top_k);
+        let cost = |position: usize| {
+            let (call, expert) = self.costs[*self.order.get(position)?];
+            Some(call.saturating_add(expert.saturating_mul(top_k)))
+        };
+        let (Some(last), Some(next)) = (cost(first.saturating_sub(1)), cost(first)) else { return false };
+        self.light && next <= last.saturating_add(ROUND_TRIP_NOISE_LIGHT_NS)
     }
 
     fn improve(&self, best: &mut (Outline, Option<Score>), outline: Outline, (draws, margin): (u32, u64)) {
