@@ -222,7 +222,12 @@ impl Machine {
     }
 
     /// What it answers, lies included; usually one answer.
-    pub(crate) fn answers(&mut self, call: &Call, (toy, pool): (&Toy, &Pool), dice: &mut Dice) -> Vec<Answer> {
+    pub(crate) fn answers(
+        &mut self,
+        call: &Call,
+        (toy, pool): (&Toy, &Pool),
+        dice: &mut Dice,
+    ) -> Vec<Answer> {
         let before = std::mem::replace(&mut self.last_call, call.call);
         let Some(held) = self.held.iter().find(|held| held.epoch == call.epoch) else {
             return vec![Answer::Refused(call.call, Refusal::UnknownEpoch)];
@@ -243,7 +248,8 @@ impl Machine {
         }
         match dice.one(&LIES) {
             Lie::Rows => {
-                let wrong = if dice.chance(500) { &sums[..sums.len() - 1] } else { &[&sums[..], &sums[..]].concat() };
+                let wrong =
+                    if dice.chance(500) { &sums[..sums.len() - 1] } else { &[&sums[..], &sums[..]].concat() };
                 vec![Answer::Reply(encode(pool, call.call, wrong, HIDDEN))]
             }
             Lie::Hidden => vec![Answer::Reply(encode(pool, call.call, &sums, HIDDEN - 1))],
@@ -265,7 +271,9 @@ impl Machine {
                 vec![Answer::Reply(body)]
             }
             Lie::Silence => Vec::new(),
-            Lie::Flood => (0..dice.between(2, 40)).map(|more| honest(call.call.wrapping_add(more * more))).collect(),
+            Lie::Flood => {
+                (0..dice.between(2, 40)).map(|more| honest(call.call.wrapping_add(more * more))).collect()
+            }
         }
     }
 }
@@ -284,7 +292,8 @@ fn encode(pool: &Pool, call: u64, sums: &[Row], hidden: usize) -> Vec<u8> {
 /// Bytes of two epochs, what is in both counted once.
 fn union_bytes(held: &[Held], facts: &ModelFacts) -> u64 {
     let [old, new] = held else { return 0 };
-    let bytes = |held: &Held| held.slices.values().map(|slice| facts.slice_bytes(slice.from, slice.to)).sum::<u64>();
+    let bytes =
+        |held: &Held| held.slices.values().map(|slice| facts.slice_bytes(slice.from, slice.to)).sum::<u64>();
     let both = old.slices.iter().filter(|(key, slice)| new.slices.get(key) == Some(*slice));
     bytes(old) + bytes(new) - both.map(|(_, slice)| facts.slice_bytes(slice.from, slice.to)).sum::<u64>()
 }

@@ -44,9 +44,9 @@ impl Toy {
 
     /// Attention over the keys of all positions up to this one.
     pub(crate) fn attend(&self, layer: u16, x: &mut Row, keys: impl Iterator<Item = i64>) {
-        let read = keys.enumerate().fold(0_i64, |sum, (position, key)| {
-            sum.wrapping_add(key.wrapping_mul(2 * position as i64 + 1))
-        });
+        let read = keys
+            .enumerate()
+            .fold(0_i64, |sum, (position, key)| sum.wrapping_add(key.wrapping_mul(2 * position as i64 + 1)));
         *x = [self.hash([4, layer.into(), read, x[0]]), self.hash([5, layer.into(), read, x[1]])];
     }
 

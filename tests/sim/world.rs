@@ -77,11 +77,28 @@ pub(crate) enum Happening {
     /// On the stream of a call.
     Answer(NodeIndex, u64, Answer),
     /// A node's worker is done.
-    Computed { node: NodeIndex, life: u64, connection: u64, call: Call },
-    Loaded { node: NodeIndex, life: u64, connection: u64, placement: Order },
-    Dial { node: NodeIndex, life: u64 },
+    Computed {
+        node: NodeIndex,
+        life: u64,
+        connection: u64,
+        call: Call,
+    },
+    Loaded {
+        node: NodeIndex,
+        life: u64,
+        connection: u64,
+        placement: Order,
+    },
+    Dial {
+        node: NodeIndex,
+        life: u64,
+    },
     /// The link of a connection was measured.
-    Linked { node: NodeIndex, connection: u64, speed: LinkSpeed },
+    Linked {
+        node: NodeIndex,
+        connection: u64,
+        speed: LinkSpeed,
+    },
     Start(NodeIndex),
     RouterStart,
     Engine,
@@ -192,7 +209,8 @@ impl World {
         let machines = (0..nodes)
             .map(|node| {
                 // From a third of its fair share to three times as much, and sometimes next to nothing.
-                let memory = if dice.chance(50) { dice.roll(2_000_000) } else { share * dice.between(30, 300) / 100 };
+                let memory =
+                    if dice.chance(50) { dice.roll(2_000_000) } else { share * dice.between(30, 300) / 100 };
                 let memory = if profile.stragglers { 4 * share + facts.expert_bytes } else { memory };
                 let lies = if node < liars { dice.between(20, 1000) } else { 0 };
                 Machine::new(memory, dice.between(200, 2000) as u32, lies)
@@ -333,7 +351,9 @@ impl World {
         (0..2).for_each(|more| self.arrive(clients + more, Duration::from_millis(1)));
         let until = self.now + CALM_WITHIN;
         while !self.is_done() {
-            let Some(((at, _), happening)) = self.queue.pop_first() else { panic!("requests of a calm cluster hang") };
+            let Some(((at, _), happening)) = self.queue.pop_first() else {
+                panic!("requests of a calm cluster hang")
+            };
             assert!(at < until, "requests of a calm cluster take too long");
             self.now = at;
             self.happen(happening);
@@ -365,7 +385,9 @@ impl World {
                     self.answer_arrives(node, stream, answer);
                 }
             }
-            Happening::Computed { node, life, connection, call } => self.computed(node, life, connection, &call),
+            Happening::Computed { node, life, connection, call } => {
+                self.computed(node, life, connection, &call)
+            }
             Happening::Loaded { node, life, connection, placement } => {
                 self.loaded(node, life, connection, &placement.0);
             }
@@ -444,13 +466,20 @@ impl World {
 
     fn report_health(&mut self, node: NodeIndex) {
         let machine = &self.machines[usize::from(node)];
-        let Some(connection) = machine.connection.filter(|_| machine.up && machine.frozen_until <= self.now) else {
+        let Some(connection) = machine.connection.filter(|_| machine.up && machine.frozen_until <= self.now)
+        else {
             return;
         };
         let lies = self.dice.chance(machine.lies);
         let (count, bytes) = if lies { (u64::MAX, u64::MAX) } else { (1, 1) };
-        let health =
-            Health { epoch: count, calls: count, rows: count, busy_us: count, queued: 0, resident_bytes: bytes };
+        let health = Health {
+            epoch: count,
+            calls: count,
+            rows: count,
+            busy_us: count,
+            queued: 0,
+            resident_bytes: bytes,
+        };
         self.say(node, Way::In, connection, Control::Health(health));
     }
 
@@ -511,7 +540,11 @@ impl World {
     fn placement_arrives(&mut self, node: NodeIndex, connection: u64, placement: Order) {
         let machine = &self.machines[usize::from(node)];
         let known = machine.held.iter().any(|held| held.epoch == placement.0.epoch);
-        let delay = if known { Duration::ZERO } else { self.dice.millis(1, 20 + 5 * placement.0.experts.len() as u64) };
+        let delay = if known {
+            Duration::ZERO
+        } else {
+            self.dice.millis(1, 20 + 5 * placement.0.experts.len() as u64)
+        };
         // One after the other, in the order they came.
         let machine = &mut self.machines[usize::from(node)];
         machine.loaded_at = machine.loaded_at.max(self.now) + delay;
@@ -634,14 +667,17 @@ impl World {
         // Now and then the newest is not the one that is read: the disk was full, or a backup was put back.
         let text = if self.dice.chance(700) { self.stored.last() } else { self.stored.first() };
         let text = text.filter(|_| self.dice.chance(850));
-        let stored = text.map(|text| Stored::parse(text, &self.facts, &members).expect("it wrote this itself"));
+        let stored =
+            text.map(|text| Stored::parse(text, &self.facts, &members).expect("it wrote this itself"));
         let epoch = stored.as_ref().map(|stored| stored.epoch);
         self.trace.note(self.now, format_args!("the router starts from the plan of {epoch:?}"));
         self.router = Router::new(&self.facts, self.policy, members.len(), stored);
     }
 
     fn strike(&mut self, fault: Fault) {
-        let Some((_, mean)) = self.profile.every.iter().find(|(kind, _)| *kind == fault).copied() else { return };
+        let Some((_, mean)) = self.profile.every.iter().find(|(kind, _)| *kind == fault).copied() else {
+            return;
+        };
         let next = self.dice.millis(100, mean.as_millis() as u64 * 2);
         self.at(next, Happening::Strike(fault));
         let node = self.dice.roll(self.machines.len() as u64) as NodeIndex;
@@ -650,7 +686,11 @@ impl World {
             Fault::Crash => {
                 self.machines[index].die();
                 // Some supervisors are quick.
-                let back = if self.dice.chance(300) { self.dice.millis(10, 200) } else { self.dice.millis(200, 6000) };
+                let back = if self.dice.chance(300) {
+                    self.dice.millis(10, 200)
+                } else {
+                    self.dice.millis(200, 6000)
+                };
                 self.at(back, Happening::Start(node));
             }
             Fault::Disconnect => {

@@ -4,7 +4,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use mesh_proto::attempts::{Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit, Units, Why};
+use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
+use ::router::share::{self, Choice, Curve, Learned, Mode, Place, Share, node_place};
+use mesh_proto::attempts::{
+    Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit, Units, Why,
+};
 use mesh_proto::cluster::Event;
 use mesh_proto::health::Doubts;
 use mesh_proto::routes::{Holders, NodeIndex, ROUTER, Routes};
@@ -12,13 +16,11 @@ use mesh_wire::buffer::Pool;
 use mesh_wire::frame::{Header, Op};
 use mesh_wire::reply::{Reply, Row as Sums};
 use model::kernel::Assignment;
-use ::router::share::{self, Choice, Curve, Learned, Mode, Place, Share, node_place};
-use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
 
+use super::{End, Happening, Summary, World};
 use crate::dice::Dice;
 use crate::machine::{Answer, Call};
 use crate::toy::{END, HIDDEN, LAYERS, MOE_LAYERS, Row, Toy};
-use super::{End, Happening, Summary, World};
 
 /// Tokens per KV block.
 const BLOCK: usize = 4;
@@ -202,7 +204,8 @@ impl Engine {
 
     /// Forgets a layer: whatever still comes of it belongs to nobody.
     fn close_flight(&mut self, part: usize) {
-        let wires: Vec<u64> = self.out.iter().filter(|(_, out)| out.part == part).map(|(wire, _)| *wire).collect();
+        let wires: Vec<u64> =
+            self.out.iter().filter(|(_, out)| out.part == part).map(|(wire, _)| *wire).collect();
         for wire in wires {
             self.over(wire);
             self.out.remove(&wire);
@@ -336,10 +339,15 @@ impl World {
         for slice in &plan.slices {
             assert!(slice.blocks.len() * BLOCK >= slice.tokens.end, "a slice lacks blocks");
             for block in &slice.blocks {
-                assert!(!std::mem::replace(&mut owned[*block as usize], true), "block {block} has two owners");
+                assert!(
+                    !std::mem::replace(&mut owned[*block as usize], true),
+                    "block {block} has two owners"
+                );
             }
         }
-        assert!(self.engine.scheduler.occupancy().blocks_used >= owned.iter().filter(|owned| **owned).count());
+        assert!(
+            self.engine.scheduler.occupancy().blocks_used >= owned.iter().filter(|owned| **owned).count()
+        );
     }
 
     fn range(&self, part: usize) -> std::ops::Range<usize> {
@@ -357,7 +365,8 @@ impl World {
         for index in range {
             let StepRow { slice, position, x, sums, right } = &mut pass.rows[index];
             let table = &pass.plan.slices[*slice].blocks;
-            let at = |position: usize| (table[position / BLOCK] as usize, usize::from(layer), position % BLOCK);
+            let at =
+                |position: usize| (table[position / BLOCK] as usize, usize::from(layer), position % BLOCK);
             let (block, of, slot) = at(*position);
             kv[block][of][slot] = self.toy.key(layer, x);
             let keys = (0..=*position).map(|position| {
@@ -393,8 +402,13 @@ impl World {
         for (expert, rows) in chosen {
             for (index, piece) in routes.table.parts(layer, *expert).iter().enumerate() {
                 let holders = piece.holders;
-                let work =
-                    Work { expert: *expert, blocks: (piece.from, piece.to), rows: rows.clone(), holders, added: 0 };
+                let work = Work {
+                    expert: *expert,
+                    blocks: (piece.from, piece.to),
+                    rows: rows.clone(),
+                    holders,
+                    added: 0,
+                };
                 let place = self.engine.share.place(*expert, index);
                 let flight = &mut self.engine.flights[part];
                 match place.checked_sub(1) {
@@ -437,7 +451,9 @@ impl World {
     fn divide(&mut self, layer: u16, routes: &Routes, chosen: &BTreeMap<u16, Vec<usize>>) {
         let assignments: Vec<Assignment> = chosen
             .iter()
-            .flat_map(|(expert, rows)| rows.iter().map(|row| Assignment { row: *row as u32, expert: *expert, weight: 1.0 }))
+            .flat_map(|(expert, rows)| {
+                rows.iter().map(|row| Assignment { row: *row as u32, expert: *expert, weight: 1.0 })
+            })
             .collect();
         let doubtful = |node: NodeIndex| self.engine.doubts.of(node, self.now);
         let parts = |expert: u16, index: usize| -> Option<Choice> {
@@ -453,10 +469,17 @@ impl World {
             let curve = Curve::new(&[mb_s; 5], self.facts.expert_bytes).unwrap_or(Curve::EVEN);
             Place { weight_mb_s: [mb_s; 5], curve, learned: Learned::default() }
         };
-        let places: Vec<Place> =
-            std::iter::once(1000).chain(self.machines.iter().map(|machine| machine.weight_mb_s)).map(speed).collect();
-        let layer =
-            share::Layer { assignments: &assignments, rows: 1, busy_us: 0.0, mode: Mode::Alone, parts: &parts };
+        let places: Vec<Place> = std::iter::once(1000)
+            .chain(self.machines.iter().map(|machine| machine.weight_mb_s))
+            .map(speed)
+            .collect();
+        let layer = share::Layer {
+            assignments: &assignments,
+            rows: 1,
+            busy_us: 0.0,
+            mode: Mode::Alone,
+            parts: &parts,
+        };
         self.engine.share.divide(&layer, &places);
     }
 
@@ -511,7 +534,8 @@ impl World {
             return self.engine.flights[part].inbox.push(Arrived::Failed(attempt));
         };
         let assignments = call.assignments.len() as u32;
-        self.trace.note(self.now, format_args!("call {wire} (part {part}, {attempt}) to {node}: units {units:?}"));
+        self.trace
+            .note(self.now, format_args!("call {wire} (part {part}, {attempt}) to {node}: units {units:?}"));
         let out =
             Out { node, part, attempt, rows: rows.len() as u32, assignments, sent: self.now, pending: true };
         *self.engine.load(node) += assignments;
@@ -524,7 +548,8 @@ impl World {
 
     /// The calls out to a node will not be answered: its connection is gone.
     pub(crate) fn fail_calls(&mut self, node: NodeIndex) {
-        let wires: Vec<u64> = self.engine.out.iter().filter(|(_, out)| out.node == node).map(|(wire, _)| *wire).collect();
+        let wires: Vec<u64> =
+            self.engine.out.iter().filter(|(_, out)| out.node == node).map(|(wire, _)| *wire).collect();
         for wire in wires {
             self.engine.over(wire);
             if let Some(out) = self.engine.out.remove(&wire) {
@@ -595,8 +620,10 @@ impl World {
                     let now = self.now;
                     self.engine.flights[part].attempts.started(call, now, budget);
                     self.send(part, call, node);
-                    if let Some(position) =
-                        self.engine.flights[part].inbox.iter().position(|arrived| matches!(arrived, Arrived::Failed(_)))
+                    if let Some(position) = self.engine.flights[part]
+                        .inbox
+                        .iter()
+                        .position(|arrived| matches!(arrived, Arrived::Failed(_)))
                     {
                         self.engine.flights[part].inbox.remove(position);
                         self.engine.flights[part].attempts.failed(call);
@@ -666,8 +693,12 @@ impl World {
         for (values, row) in reply.view().rows().zip(&flight.rows[&call]) {
             let StepRow { x, sums, .. } = &mut pass.rows[*row];
             match values {
-                Sums::I16(values) => sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += i64::from(*value)),
-                Sums::I32(values) => sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += i64::from(*value)),
+                Sums::I16(values) => {
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += i64::from(*value))
+                }
+                Sums::I32(values) => {
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += i64::from(*value))
+                }
                 Sums::Overflow => {
                     for unit in &units {
                         let work = &flight.work[*unit as usize];
@@ -690,7 +721,8 @@ impl World {
             let work = &flight.work[*unit as usize];
             assert_eq!(work.added, 0, "what is lost was added");
             for node in work.holders.as_slice() {
-                let asked = |(attempt, _): (&Attempt, &Vec<usize>)| flight.attempts.units_of(*attempt).contains(unit);
+                let asked =
+                    |(attempt, _): (&Attempt, &Vec<usize>)| flight.attempts.units_of(*attempt).contains(unit);
                 let asked = flight.rows.iter().any(asked);
                 let serves = self.standing(*node) != Standing::Out;
                 assert!(asked || !serves, "{node} could have been asked");
@@ -705,7 +737,11 @@ impl World {
         let range = self.range(part);
         if self.engine.flights[part].open {
             for work in &self.engine.flights[part].work {
-                assert_eq!(work.added, 1, "expert {} of layer {layer}, blocks {:?}", work.expert, work.blocks);
+                assert_eq!(
+                    work.added, 1,
+                    "expert {} of layer {layer}, blocks {:?}",
+                    work.expert, work.blocks
+                );
             }
             let counts = self.engine.flights[part].attempts.counts();
             self.summary.hedges += counts.hedges;

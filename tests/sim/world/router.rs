@@ -14,8 +14,8 @@ use mesh_proto::stored::Stored;
 use mesh_wire::control::{Hello, Placed};
 use mesh_wire::id::NodeId;
 
-use crate::dice::Dice;
 use super::{Control, Order, Way, World};
+use crate::dice::Dice;
 
 #[derive(Debug)]
 struct Connection {
@@ -125,7 +125,11 @@ impl Router {
                 let Some(connection) = &self.connections[index] else {
                     panic!("{key:?} is routed to {node}, which is away")
                 };
-                assert!(connection.acknowledged.contains(&routes.epoch), "{node} never said it holds {}", routes.epoch);
+                assert!(
+                    connection.acknowledged.contains(&routes.epoch),
+                    "{node} never said it holds {}",
+                    routes.epoch
+                );
                 assert_eq!(states[index], NodeState::Serving, "{key:?} is routed to {node}");
                 assert!(self.malformed[index] < mesh_proto::cluster::MALFORMED_MAX, "{node} is quarantined");
             }
@@ -154,7 +158,11 @@ impl World {
                 Action::Place(node, placement) => {
                     let connection = self.router.connections[usize::from(node)].as_mut();
                     let connection = connection.expect("orders go to nodes that are here");
-                    let bytes: u64 = placement.experts.iter().map(|slice| self.facts.slice_bytes(slice.from, slice.to)).sum();
+                    let bytes: u64 = placement
+                        .experts
+                        .iter()
+                        .map(|slice| self.facts.slice_bytes(slice.from, slice.to))
+                        .sum();
                     assert!(bytes <= connection.memory_bytes, "{node} is to hold {bytes} bytes");
                     connection.ordered.insert(placement.epoch);
                     let id = connection.id;
@@ -169,7 +177,11 @@ impl World {
             }
         }
         let routes = self.router.cluster.routes();
-        assert_eq!(changed, routes != self.router.reported, "changes of the routes are told, and nothing else is");
+        assert_eq!(
+            changed,
+            routes != self.router.reported,
+            "changes of the routes are told, and nothing else is"
+        );
         if changed {
             self.router.check_routes(&routes);
             self.router.reported = routes;
@@ -218,7 +230,8 @@ impl World {
             return false;
         }
         // With slices more may fit, and experts of the router need no room.
-        let room: u64 = self.machines.iter().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
+        let room: u64 =
+            self.machines.iter().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
         let routes = cluster.routes();
         let all = routes.table.all().count() as u64;
         let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
