@@ -131,7 +131,7 @@ fn a_roster_has_room_for_every_machine_and_no_more() {
     full.revoked = (0..REVOKED_MAX).map(|at| machine(at, 51)).collect();
     let signed = sign(full.clone()).unwrap();
     assert_eq!(signed.bytes().len(), ROSTER_BYTES_MAX);
-    assert!(ROSTER_BYTES_MAX + 16 <= mesh_wire::frame::ROSTER_BYTES_MAX);
+    const { assert!(ROSTER_BYTES_MAX + 16 <= mesh_wire::frame::ROSTER_BYTES_MAX) };
     assert_eq!(parse(signed.bytes()).unwrap().roster(), &full);
     full.nodes.push(machine(NODES_MAX, 50));
     assert_eq!(sign(full.clone()), Err(RosterError::TooMany(NODES_MAX + 1)));
