@@ -31,6 +31,7 @@ pub(super) fn is_test_file(path: &str) -> bool {
         || path.contains("/tests/")
         || path.starts_with("tests/it/")
         || path.starts_with("tests/processes/")
+        || path.starts_with("tests/liar/")
 }
 
 /// Header, name and size of one file.
