@@ -59,7 +59,7 @@ class Program:
 
     def __init__(self, path: pathlib.Path, folder: pathlib.Path) -> None:
         self.path = path.resolve()
-        self.model = ROOT / "models" / "tale-moe"
+        self.model: pathlib.Path | str = ROOT / "models" / "tale-moe"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MOEMESH_")}
         cache = os.environ.get("MOEMESH_CACHE") or str(ROOT / "target" / "lab" / "cache")
         self.environment |= {"MOEMESH_CACHE": cache, "MOEMESH_THREADS": "1", "HOME": str(folder)}
@@ -251,7 +251,7 @@ class Cluster:
 
     def start_node(self, name: str, lie: Lie | None = None) -> Process:
         join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
-        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *self.shape.node]
+        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *self.node_flags(name)]
         # The API answers once the router is ready, so not while nodes start for the first time.
         self.earlier[name] = self.node(name)["connections"] if name in self.nodes else 0
         self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
@@ -269,6 +269,10 @@ class Cluster:
         name = chance.choice([name for name in self.names if lately[name] == min(lately.values())])
         self.struck[name].append(time.monotonic())
         return name
+
+    def node_flags(self, name: str) -> tuple[str, ...]:
+        """What this node is started with besides."""
+        return self.shape.node
 
     def home(self, name: str) -> list[str]:
         """The argument that names a machine's folder of keys and membership."""
