@@ -219,6 +219,7 @@ class Rows(unittest.TestCase):
         script("lab")
         self.assertEqual([entry.row for entry in chosen("2,7")], ["2", "2b", "7"])
         self.assertEqual([entry.row for entry in chosen("2b")], ["2b"])
+        self.assertEqual([entry.row for entry in chosen("=2")], ["2"])
         with self.assertRaisesRegex(ValueError, "no row 99"):
             chosen("99")
 
