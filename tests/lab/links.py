@@ -82,6 +82,9 @@ def loss(lab: Lab, result: Result) -> None:
         result.figure(
             f"{share:.0%}: {kept:.0%} of {trial.speed_before:.0f} tok/s, {dropped} lost, {trial.failed_calls()} failed calls, whole {trial.whole_s:.1f} s after"
         )
+        if fallbacks := trial.counters["fallbacks"]:
+            # The router is not held to a pace: what it computes itself it computes faster than the nodes.
+            result.figure(f"{share:.0%}: the router computed {fallbacks} calls itself")
         result.values[f"kept_{share:g}"] = kept
         result.target_met(kept >= floor, f"{share:.0%}: {kept:.0%} of the speed, less than {floor:.0%}")
 
