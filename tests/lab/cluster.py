@@ -250,6 +250,9 @@ class Cluster:
         return router
 
     def start_node(self, name: str, lie: Lie | None = None) -> Process:
+        if lie:
+            # Its end will be a loss besides that of the honest one before it.
+            self.struck[name].append(time.monotonic())
         join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
         arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *self.node_flags(name)]
         # The API answers once the router is ready, so not while nodes start for the first time.
