@@ -207,17 +207,21 @@ class Client:
 
     def open(self, prompt: int, tokens: int, receive_bytes: int | None = None) -> tuple[Story, socket.socket]:
         """Sends the request of a story; nothing is read yet. `receive_bytes`: how little the system buffers."""
-        body = {"prompt": PROMPTS[prompt], "max_tokens": tokens, "temperature": 0, "seed": 1, "stream": True}
+        story = Story(prompt, tokens)
+        return story, self.send(PROMPTS[prompt], tokens, receive_bytes)
+
+    def send(self, prompt: str | list[int], tokens: int, receive_bytes: int | None = None) -> socket.socket:
+        """Asks for a stream of tokens."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 1, "stream": True}
         body |= {"ignore_eos": True, "return_token_ids": True, "logits_digest": True}
         text = json.dumps(body)
         head = [f"POST {PATH} HTTP/1.1", "Host: router", f"Authorization: Bearer {self.key}", "Connection: close"]
         head += ["Content-Type: application/json", f"Content-Length: {len(text)}", "", text]
-        story = Story(prompt, tokens)
         stream = self.lan.connect(self.machine, "router", HTTP_PORT, HANGS_AFTER_S)
         if receive_bytes:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         stream.sendall("\r\n".join(head).encode())
-        return story, stream
+        return stream
 
     def tell(self, prompt: int, tokens: int, now: "Teller | None" = None) -> Story:
         """One story from beginning to end."""

@@ -9,7 +9,7 @@ from client import LONG_PROMPT, Story, speed
 from cluster import Cluster, Shape
 from oracles import Result
 from registry import scenario
-from trial import Fault, Lab, Trial, run
+from trial import Fault, Lab, Trial, copies, run
 
 # How long a degraded link is measured, at a time.
 MEASURE_S = 3.0
@@ -20,9 +20,9 @@ FRAMES_KIB = {"router": 256 * MEBIBYTE_KIB, "node": 128 * MEBIBYTE_KIB}
 
 @scenario("7", "one node unplugged for 1 and 5 s", "stall <= 500 ms, serving <= 3 s after healing")
 def partition(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster(*lab.copies(2))
     for seconds in (1.0, 5.0):
-        name = lab.chance.choice(cluster.names)
+        cluster = lab.cluster(*copies(2))
+        name = cluster.victim(lab.chance)
         trial = run(lab, cluster, result, Fault(lambda: lab.lan.unplug(name), lab.lan.heal, seconds))
         if trial is None:
             continue
@@ -34,14 +34,14 @@ def partition(lab: Lab, result: Result) -> None:
 
 @scenario("8", "one-way partitions", "O1, O2, stall <= 2 s, serving <= 3 s after healing")
 def one_way(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster()
     ways = {
         "node deaf": lambda name: lab.lan.deafen(name, "router"),
         "router deaf": lambda name: lab.lan.deafen("router", name),
         "router has no way there": lambda name: lab.lan.blackhole("router", name),
     }
     for words, strike in ways.items():
-        name = lab.chance.choice(cluster.names)
+        cluster = lab.cluster()
+        name = cluster.victim(lab.chance)
         trial = run(lab, cluster, result, Fault(lambda: strike(name), lab.lan.heal, 4.0))
         if trial is None:
             continue
@@ -82,6 +82,9 @@ def loss(lab: Lab, result: Result) -> None:
         result.figure(
             f"{share:.0%}: {kept:.0%} of {trial.speed_before:.0f} tok/s, {dropped} lost, {trial.failed_calls()} failed calls, whole {trial.whole_s:.1f} s after"
         )
+        if fallbacks := trial.counters["fallbacks"]:
+            # The router is not held to a pace: what it computes itself it computes faster than the nodes.
+            result.figure(f"{share:.0%}: the router computed {fallbacks} calls itself")
         result.values[f"kept_{share:g}"] = kept
         result.target_met(kept >= floor, f"{share:.0%}: {kept:.0%} of the speed, less than {floor:.0%}")
 

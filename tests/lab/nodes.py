@@ -4,12 +4,13 @@ import math
 import signal
 import statistics
 import time
+from dataclasses import dataclass, field
 
 from client import Outcome, gaps_after, longest_gap, speed, typical_gap
 from cluster import Cluster
 from oracles import Result, quantile, spread
 from registry import scenario
-from trial import FLOWS_WITHIN_S, STREAMS, Fault, Lab, ordinary_loss, run
+from trial import FLOWS_WITHIN_S, STREAMS, Fault, Lab, copies, ordinary_loss, run
 
 # Between a kill and the restart: longer than the longest budget of a call and its retry, so that what the router does
 # without the node is seen, too.
@@ -17,6 +18,8 @@ WITHOUT_S = 0.5
 NO_FALLBACK = ("--no-fallback",)
 # Of one cluster: the third loss within a minute makes a node one that flaps.
 KILLS_PER_NODE = 2
+# Kills between two running accounts of many.
+TELL_EVERY = 50
 # Target F1.
 STALL_MS_MAX = 400.0
 
@@ -25,61 +28,88 @@ STALL_MS_MAX = 400.0
     "1", "kill -9, a replica on another node, none on the router", "O1 of all kills, added stall p99 <= 400 ms (F1)"
 )
 def kill_with_replica(lab: Lab, result: Result) -> None:
-    flags = [*lab.copies(2), *(NO_FALLBACK if lab.program.can("router", *NO_FALLBACK) else ())]
-    if len(flags) < 3:
-        result.lacks("router --replicas and --no-fallback (ran with what there is)")
-    measured_kills(lab, tuple(flags), result, lab.options.kills)
+    measured_kills(lab, (*copies(2), *NO_FALLBACK), result, lab.options.kills)
 
 
 @scenario(
     "1b", "kill -9, a replica on another node and one on the router", "O1 of all kills, added stall p99 <= 400 ms"
 )
 def kill_with_replica_and_copy(lab: Lab, result: Result) -> None:
-    if not lab.program.can("router", "--replicas"):
-        return result.lacks("router --replicas")
-    return measured_kills(lab, lab.copies(2), result, max(1, lab.options.kills // 5))
+    measured_kills(lab, copies(2), result, max(1, lab.options.kills // 5))
+
+
+@dataclass
+class Kills:
+    """What came of kills, one entry per kill that hit: added stalls and times until a new process serves, in ms."""
+
+    stalls: list[float] = field(default_factory=list)
+    restarts: list[float] = field(default_factory=list)
+    # Kills during which every story was the right one and whole; calls that the router computed itself.
+    same: int = 0
+    fallbacks: int = 0
+    usual_ms: float = 0.0
+
+    def add(self, other: "Kills") -> None:
+        self.stalls += other.stalls
+        self.restarts += other.restarts
+        self.same += other.same
+        self.fallbacks += other.fallbacks
+        self.usual_ms = other.usual_ms
+
+    def tell(self, result: Result) -> None:
+        """The figures so far, instead of those before."""
+        result.figures.clear()
+        count = len(self.stalls)
+        result.figure(
+            f"{self.same} of {count} kills with the same text; added stall {spread(self.stalls)}", stalls_ms=self.stalls
+        )
+        again = f"serves {spread(self.restarts)} after its restart"
+        result.figure(
+            f"{again}; {self.fallbacks} fallbacks; typical gap {self.usual_ms:.1f} ms", restarts_ms=self.restarts
+        )
+
+    def judge(self, result: Result) -> None:
+        """F1."""
+        wrong = len(self.stalls) - self.same
+        result.target_met(not wrong, f"{wrong} kills with another text or a failed request")
+        late = quantile(self.stalls, 0.99)
+        result.target_met(late <= STALL_MS_MAX, f"added stall p99 {late:.0f} ms")
 
 
 def measured_kills(lab: Lab, flags: tuple[str, ...], result: Result, count: int) -> None:
     """Kills, and F1. A node that is lost three times within a minute is kept out for a while, on purpose, so every
-    node dies twice, and then the next cluster begins."""
-    stalls: list[float] = []
-    restarts: list[float] = []
-    usual, fallbacks, same = 0.0, 0, 0
-    while len(stalls) < count and result.void <= count:
-        cluster = lab.fresh(*flags)
-        some = min(count - len(stalls), KILLS_PER_NODE * len(cluster.names))
-        seen, back, usual, missed = kills(lab, cluster, result, some)
-        same += int(str(result.values["same"]))
-        fallbacks += missed
-        stalls += seen
-        restarts += back
-        lab.progress(f"{len(stalls)} of {count} kills, stall {spread(stalls)}")
-        if not seen:
-            break
-    if not stalls:
-        return
-    result.values["same"] = same
-    result.figure(f"{same} of {len(stalls)} kills with the same text; added stall {spread(stalls)}", stalls_ms=stalls)
-    again = f"serves {spread(restarts)} after its restart"
-    result.figure(f"{again}; {fallbacks} fallbacks; typical gap {usual:.1f} ms", restarts_ms=restarts)
-    result.target_met(same == len(stalls), f"{len(stalls) - same} kills with another text or a failed request")
-    late = quantile(stalls, 0.99)
-    result.target_met(late <= STALL_MS_MAX, f"added stall p99 {late:.0f} ms")
+    node dies twice, and then the next cluster begins. What was found until then stands if somebody interrupts."""
+    all_of_them, told = Kills(), 0
+    try:
+        while len(all_of_them.stalls) < count and result.void <= count:
+            cluster = lab.fresh(*flags)
+            some = min(count - len(all_of_them.stalls), KILLS_PER_NODE * len(cluster.names))
+            seen = kills(lab, cluster, result, some)
+            if not seen.stalls:
+                break
+            all_of_them.add(seen)
+            all_of_them.tell(result)
+            lab.progress(f"{len(all_of_them.stalls)} of {count} kills, stall {spread(all_of_them.stalls)}")
+            if len(all_of_them.stalls) // TELL_EVERY > told:
+                told = len(all_of_them.stalls) // TELL_EVERY
+                for words in result.figures:
+                    lab.progress(f"    {words}")
+                lab.interim(result)
+    finally:
+        if all_of_them.stalls:
+            all_of_them.judge(result)
 
 
-def kills(lab: Lab, cluster: Cluster, result: Result, count: int):
-    """Kills nodes one after another while streams run: added stalls and times until a new process serves, both in ms,
-    one per kill that hit; the typical gap; calls that the router computed itself."""
-    windows, restarts = [], []
-    died = dict.fromkeys(cluster.names, 0)
+def kills(lab: Lab, cluster: Cluster, result: Result, count: int) -> Kills:
+    """Kills nodes one after another while streams run."""
+    windows: list[tuple[float, float]] = []
+    found = Kills()
     first = cluster.counters()
     with lab.load(cluster) as stories:
         while len(windows) < count and result.void <= count:
             result.o2.ask(lab.tellers.flowing(FLOWS_WITHIN_S), "a stream stands still before the kill")
             time.sleep(lab.chance.uniform(0.0, 0.2))
-            name = lab.chance.choice([name for name in cluster.names if died[name] == min(died.values())])
-            died[name] += 1
+            name = cluster.victim(lab.chance)
             before = cluster.counters()
             flowing = lab.tellers.flowing(FLOWS_WITHIN_S)
             killed = cluster.nodes[name].kill()
@@ -97,42 +127,37 @@ def kills(lab: Lab, cluster: Cluster, result: Result, count: int):
                 continue
             result.runs += 1
             windows.append((killed, back))
-            restarts.append((back - restarted) * 1e3)
+            found.restarts.append((back - restarted) * 1e3)
         time.sleep(0.3)
     result.judge(stories)
     lab.check_footprints(cluster, result)
     usual = typical_gap(stories[: 4 * len(lab.tellers.tellers)])
-    stalls, begin, same = [], 0, 0
     for killed, back in windows:
-        while begin < len(stories) and stories[begin].ended < killed and stories[begin].began < killed - 60:
-            begin += 1
-        near = [story for story in stories[begin:] if story.began < back and story.ended > killed]
-        stalls.append(max(0.0, longest_gap(near, killed, back) - usual) * 1e3)
-        same += all(story.right and story.outcome is Outcome.COMPLETE for story in near)
-    result.values["same"] = same
-    return stalls, restarts, usual * 1e3, cluster.counters()["fallbacks"] - first["fallbacks"]
+        near = [story for story in stories if story.began < back and story.ended > killed]
+        found.stalls.append(max(0.0, longest_gap(near, killed, back) - usual) * 1e3)
+        found.same += all(story.right and story.outcome is Outcome.COMPLETE for story in near)
+    found.usual_ms, found.fallbacks = usual * 1e3, cluster.counters()["fallbacks"] - first["fallbacks"]
+    return found
 
 
 @scenario("2", "kill -9, sole holder, the router steps in", "O1, first stall <= 2 s (F2)")
 def kill_sole_holder(lab: Lab, result: Result) -> None:
-    cluster = lab.fresh(*lab.copies(1))
-    stalls, restarts, usual, fallbacks = kills(lab, cluster, result, 5)
-    result.target_met(fallbacks > 0 or not stalls, "the router never stepped in")
-    result.target_met(max(stalls, default=0) <= 2000, f"stall {max(stalls, default=0):.0f} ms > 2 s")
-    result.figure(
-        f"added stall {spread(stalls)}; back in {spread(restarts)}; {fallbacks} fallbacks",
-        stalls_ms=stalls,
-        restarts_ms=restarts,
-    )
+    cluster = lab.fresh(*copies(1))
+    seen = kills(lab, cluster, result, 5)
+    if not seen.stalls:
+        return
+    seen.tell(result)
+    worst = max(seen.stalls)
+    result.target_met(seen.fallbacks > 0, "the router never stepped in")
+    result.target_met(seen.same == len(seen.stalls), f"{len(seen.stalls) - seen.same} kills with another text")
+    result.target_met(worst <= 2000, f"stall {worst:.0f} ms > 2 s")
 
 
 @scenario("2b", "kill -9, sole holder, no copy anywhere", "named 503 or error event <= 2 s, back <= 10 s")
 def kill_sole_holder_without_copy(lab: Lab, result: Result) -> None:
-    if not lab.program.can("router", "--no-fallback"):
-        return result.lacks("router --no-fallback")
-    cluster = lab.cluster(*lab.copies(1), *NO_FALLBACK)
+    cluster = lab.cluster(*copies(1), *NO_FALLBACK)
     answers: list[tuple[float, int, bytes]] = []
-    name = lab.chance.choice(cluster.names)
+    name = cluster.victim(lab.chance)
     killed = 0.0
 
     def strike() -> None:
@@ -147,7 +172,7 @@ def kill_sole_holder_without_copy(lab: Lab, result: Result) -> None:
 
     trial = run(lab, cluster, result, Fault(strike, lambda: None, 2.5, ask_without), refused=True)
     if trial is None:
-        return None
+        return
     ends = [story.ended - trial.began for story in trial.stories if story.began < killed < story.ended]
     refused = [story for story in trial.stories if story.outcome is Outcome.REFUSED]
     result.target_met(bool(refused), "no request was refused")
@@ -168,12 +193,12 @@ def kill_sole_holder_without_copy(lab: Lab, result: Result) -> None:
 
 @scenario("3", "kill -9 and restart at once, same address", "noticed <= 200 ms, serves <= 2 s")
 def restart(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster()
     noticed, served, stalls = [], [], []
     for _ in range(lab.few(5)):
-        name = lab.chance.choice(cluster.names)
+        cluster = lab.cluster()
+        name = cluster.victim(lab.chance)
 
-        def strike(name: str = name) -> None:
+        def strike(cluster: Cluster = cluster, name: str = name) -> None:
             before = cluster.node(name)["connections"]
             cluster.nodes[name].kill()
             began = time.monotonic()
@@ -202,9 +227,9 @@ def restart(lab: Lab, result: Result) -> None:
 
 @scenario("4", "SIGSTOP for 0.2, 2 and 10 s", "O1, serving <= 3 s after SIGCONT")
 def stopped(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster()
     for seconds in (0.2, 2.0, 60.0 if lab.options.long else 10.0):
-        name = lab.chance.choice(cluster.names)
+        cluster = lab.cluster()
+        name = cluster.victim(lab.chance)
         node = cluster.nodes[name]
         fault = Fault(lambda: node.signal(signal.SIGSTOP), lambda: node.signal(signal.SIGCONT), seconds)
         trial = run(lab, cluster, result, fault)
@@ -233,11 +258,8 @@ def used_again(lab: Lab, cluster: Cluster, name: str, seconds: float) -> float |
 
 @scenario("5", "one node with 10 % of a core", "token latency <= 1.5 x within 20 tokens, hedges <= 5 % of calls")
 def slow_node(lab: Lab, result: Result) -> None:
-    replicated = lab.program.can("router", "--replicas")
-    if not replicated:
-        result.lacks("router --replicas (there is nobody else to ask)")
-    cluster = lab.cluster(*lab.copies(2))
-    name = lab.chance.choice(cluster.names)
+    cluster = lab.cluster(*copies(2))
+    name = cluster.victim(lab.chance)
     pid = cluster.nodes[name].popen.pid
     lasts = 6.0
     fault = Fault(lambda: lab.lan.throttle(name, pid, 0.1), lambda: lab.lan.unthrottle(name), lasts, lambda: True)
@@ -252,14 +274,13 @@ def slow_node(lab: Lab, result: Result) -> None:
         f"{soon:.1f} x the latency from the 20th token on, {later:.1f} x after 2 s; stall {trial.stall_ms:.0f} ms"
     )
     result.figure(f"{hedges} hedges of {calls} calls, {ordinary_loss(trial.counters)}", soon=soon, later=later)
-    if replicated:
-        result.target_met(soon <= 1.5 and later <= 1.5, f"latency {max(soon, later):.1f} x")
-        result.target_met(hedges <= 0.05 * calls, f"{hedges} hedges of {calls} calls")
+    result.target_met(soon <= 1.5 and later <= 1.5, f"latency {max(soon, later):.1f} x")
+    result.target_met(hedges <= 0.05 * calls, f"{hedges} hedges of {calls} calls")
 
 
 @scenario("9", "two of three nodes cut off", "O1, stall <= 2 s; whole <= 5 s after healing")
 def majority_cut(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster(*lab.copies(1))
+    cluster = lab.cluster(*copies(1))
     pair = cluster.names[:2]
 
     def strike() -> None:
@@ -282,9 +303,7 @@ def majority_cut(lab: Lab, result: Result) -> None:
     "9b", "two of three nodes cut off, no copy anywhere", "503 at once, bounded queue, whole <= 5 s after healing"
 )
 def majority_cut_without_copy(lab: Lab, result: Result) -> None:
-    if not lab.program.can("router", "--no-fallback"):
-        return result.lacks("router --no-fallback")
-    cluster = lab.cluster(*lab.copies(1), *NO_FALLBACK)
+    cluster = lab.cluster(*copies(1), *NO_FALLBACK)
     waiting: list[int] = []
     times: list[float] = []
 
@@ -314,7 +333,7 @@ def majority_cut_without_copy(lab: Lab, result: Result) -> None:
 
 @scenario("16", "SIGTERM and restart of every node in turn", "0 failed requests, 0 failed calls, each gone <= 10 s")
 def rolling_restart(lab: Lab, result: Result) -> None:
-    cluster = lab.cluster(*lab.copies(2))
+    cluster = lab.cluster(*copies(2))
     gone, served, before = [], [], cluster.counters()
     with lab.load(cluster) as stories:
         for name in cluster.names:

@@ -26,6 +26,8 @@ class Verdict(enum.Enum):
     FAIL = "FAIL"
     # The fault never hit calls in flight.
     VOID = "VOID"
+    # Somebody interrupted it; until then nothing failed.
+    PART = "part"
     # This build lacks what the scenario tests.
     NEEDS = "needs"
 
@@ -66,12 +68,15 @@ class Result:
     # Targets that were missed, and errors.
     missed: list[str] = field(default_factory=list)
     needs: list[str] = field(default_factory=list)
+    interrupted: bool = False
     seconds: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
         if self.missed or self.o1.broken or self.o2.broken or self.o3.broken:
             return Verdict.FAIL
+        if self.interrupted:
+            return Verdict.PART
         if self.needs:
             return Verdict.NEEDS
         return Verdict.PASS if self.runs else Verdict.VOID

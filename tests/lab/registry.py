@@ -28,13 +28,17 @@ def scenario(row: str, name: str, target: str) -> Callable[[Callable[..., None]]
 
 
 def chosen(only: str | None) -> list[Scenario]:
-    """All, or those of these rows: `1,4` means 1 and 4, and 2 means 2 and 2b."""
+    """All, or those of these rows: `1,4` means 1 and 4, and 2 means 2 and 2b, but =2 means 2 alone."""
     every = sorted(ALL, key=lambda entry: (int(re.match(r"\d+", entry.row)[0]), entry.row))
     if not only:
         return every
     rows = [row.strip() for row in only.split(",")]
-    picked = [entry for entry in every if entry.row in rows or entry.row.rstrip("abcdefgh") in rows]
-    unknown = [row for row in rows if not any(entry.row == row or entry.row.rstrip("abcdefgh") == row for entry in ALL)]
+
+    def named(entry: Scenario, row: str) -> bool:
+        return row in (entry.row, f"={entry.row}", entry.row.rstrip("abcdefgh"))
+
+    picked = [entry for entry in every if any(named(entry, row) for row in rows)]
+    unknown = [row for row in rows if not any(named(entry, row) for entry in ALL)]
     if unknown:
         raise ValueError(f"no row {', '.join(unknown)}; there are {', '.join(entry.row for entry in every)}")
     return picked

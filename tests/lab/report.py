@@ -27,6 +27,7 @@ def table(results: list[Result]) -> str:
         else:
             lines += below(result)
     lines.append("")
+    lines.append("part: interrupted, with what there was until then; nothing had failed")
     lines.append("runs: faults that hit calls in flight (in brackets: void ones that did not, repeated)")
     lines.append(
         "O1: stories equal to the last bit; O2: requests that ended once; O3: processes whose memory and files returned"

@@ -118,6 +118,12 @@ class Oracles(unittest.TestCase):
     def test_nothing_that_did_not_hit_passes(self) -> None:
         self.assertIs(oracles.Result("1", "x", runs=0, void=3).verdict, oracles.Verdict.VOID)
 
+    def test_what_was_interrupted_has_not_passed_and_what_had_failed_still_has(self) -> None:
+        result = oracles.Result("1", "x", runs=1, interrupted=True)
+        self.assertIs(result.verdict, oracles.Verdict.PART)
+        result.target_met(False, "too late")
+        self.assertIs(result.verdict, oracles.Verdict.FAIL)
+
     def test_a_cut_is_good_only_where_it_is_expected(self) -> None:
         cut = heard(HEAD + token(7))
         cut.compare(Told((7, 8), "d"))
@@ -213,6 +219,7 @@ class Rows(unittest.TestCase):
         script("lab")
         self.assertEqual([entry.row for entry in chosen("2,7")], ["2", "2b", "7"])
         self.assertEqual([entry.row for entry in chosen("2b")], ["2b"])
+        self.assertEqual([entry.row for entry in chosen("=2")], ["2"])
         with self.assertRaisesRegex(ValueError, "no row 99"):
             chosen("99")
 

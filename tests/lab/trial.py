@@ -53,11 +53,13 @@ class Lab:
         self.clusters = 0
         self.panics: list[str] = []
         self.began = time.monotonic()
+        # Writes down what there is of a scenario that takes long.
+        self.interim: Callable[[Result], None] = lambda result: None
 
     def cluster(self, *router: str, shape: Shape | None = None) -> Cluster:
         """A healthy cluster whose router has these arguments, or of this shape: the one that runs, if it is such a one."""
         shape = shape or Shape(router=router)
-        if self.running and self.running.shape == shape:
+        if self.running and self.running.shape == shape and self.running.spared():
             with contextlib.suppress(Never, OSError):
                 self.whole(self.running)
                 return self.running
@@ -115,10 +117,6 @@ class Lab:
         finally:
             stories += load.finish()
 
-    def copies(self, count: int) -> tuple[str, ...]:
-        """Arguments of a router that keeps each expert on so many nodes, as far as this build has a choice."""
-        return ("--replicas", str(count)) if self.program.can("router", "--replicas") else ()
-
     def few(self, count: int) -> int:
         """How often a short scenario repeats: more often in a long run."""
         return count * (5 if self.options.long else 1)
@@ -139,6 +137,11 @@ class Lab:
             time.sleep(0.1)
         for machine, words in excess.items():
             result.o3.ask(not words, f"{machine} uses {words}")
+
+
+def copies(count: int) -> tuple[str, ...]:
+    """Arguments of a router that keeps each expert on so many nodes."""
+    return ("--replicas", str(count))
 
 
 @dataclass
