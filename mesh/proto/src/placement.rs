@@ -444,7 +444,7 @@ impl<'a> Search<'a> {
         for first in prefixes(all) {
             for cuts in cuts.iter().filter(|cuts| usize::from(**cuts) <= first.max(1)) {
                 let outline = self.outline(first, *cuts);
-                if !(outline.used() < all && self.splits_equals(first)) {
+                if !self.leaves_idle(first) {
                     self.improve(&mut best, outline, COARSE_DRAWS);
                 }
             }
@@ -493,16 +493,11 @@ impl<'a> Search<'a> {
         Outline { weights: self.weights(first, if cuts > 1 { 1 } else { 2 }), cuts }
     }
 
-    /// Whether the first so many nodes leave out one that is as good as one of them. With large experts that may be
-    /// right (answers queue for the router's link); with small ones it only leaves machines idle.
-    fn splits_equals(&self, first: usize) -> bool {
-        let top_k = u64::from(self.whole.top_k);
-        let cost = |position: usize| {
-            let (call, expert) = self.costs[*self.order.get(position)?];
-            Some(call.saturating_add(expert.saturating_mul(top_k)))
-        };
-        let (Some(last), Some(next)) = (cost(first.saturating_sub(1)), cost(first)) else { return false };
-        self.light && next <= last.saturating_add(ROUND_TRIP_NOISE_LIGHT_NS)
+    /// Whether the first so many nodes leave out one without need. With large experts that may be right (answers queue
+    /// for the router's link); with small ones a token takes next to nothing anywhere, what tells machines apart is noise
+    /// of their measurements, and leaving one out only leaves it idle.
+    fn leaves_idle(&self, first: usize) -> bool {
+        self.light && first < self.order.len()
     }
 
     /// Whether a node would get next to nothing only because of a figure that cannot be.
@@ -579,9 +574,9 @@ impl<'a> Search<'a> {
             let head: u128 = open.iter().map(|node| u128::from(self.costs[*node].0) * rate(*node)).sum();
             let Some(time) = (wanted + head).checked_div(rates) else { return weights };
             let before = open.len();
-            open.retain(|node| u128::from(self.costs[*node].0) < time);
+            open.retain(|node| self.light || u128::from(self.costs[*node].0) < time);
             if open.len() == before {
-                let worth = |node: usize| (time - u128::from(self.costs[node].0)) * rate(node);
+                let worth = |node: usize| time.saturating_sub(self.costs[node].0.into()) * rate(node);
                 let most = open.iter().map(|node| worth(*node)).max().unwrap_or(1).max(1);
                 let least = if self.light { WEIGHT_MAX / u128::from(APART_MAX) } else { 0 };
                 for node in open {
