@@ -39,7 +39,7 @@ test: setup
 	@echo "==> tests (the first time compiles for minutes)"
 	$(CARGO) test --release --workspace
 
-# Needs no libtorch. The seeds of `make test` are the first thousand of these.
+# Needs no libtorch. The seeds of `make test` are the first 1500 of these.
 SEEDS ?= 20000
 sim:
 	@MOEMESH_SIM_SEEDS=$(SEEDS) MOEMESH_SIM_SEED=$(SEED) $(CARGO) test --release -p moemesh-tests --no-default-features \

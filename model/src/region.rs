@@ -12,6 +12,7 @@ use std::ops::{Deref, Range};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Alignment of every allocation: a huge page, so that the kernel of the system can use them.
 const ALIGN: usize = 2 << 20;
@@ -25,6 +26,8 @@ const SMALL: usize = 1 << 20;
 pub struct Bytes {
     owner: Arc<Owner>,
     range: Range<usize>,
+    /// Bit `kind`: these bytes passed the check of that kind. Shared by clones.
+    passed: Arc<AtomicU8>,
 }
 
 enum Owner {
@@ -41,7 +44,7 @@ impl Bytes {
         // by someone else would raise SIGBUS, which is the price of mapping and stated in docs/OPERATING.md.
         let map = unsafe { memmap2::Mmap::map(&file)? };
         let range = 0..map.len();
-        Ok(Bytes { owner: Arc::new(Owner::Mapped(map)), range })
+        Ok(Bytes { owner: Arc::new(Owner::Mapped(map)), range, passed: Arc::default() })
     }
 
     /// A part of this view, without copying. `None` where it would leave the view.
@@ -51,7 +54,22 @@ impl Bytes {
             return None;
         }
         let range = self.range.start + offset..self.range.start + end;
-        Some(Bytes { owner: Arc::clone(&self.owner), range })
+        Some(Bytes { owner: Arc::clone(&self.owner), range, passed: Arc::default() })
+    }
+
+    /// Whether all of it is as it should be, by a check that has a number below 8. What passed once is not looked at
+    /// again, neither here nor in clones of this view: the bytes are never written. So experts that a process holds cost
+    /// nothing when more are added.
+    pub fn passes_once(&self, number: u8, check: impl FnOnce(&[u8]) -> bool) -> bool {
+        let bit = 1_u8.checked_shl(number.into()).unwrap_or(0);
+        if self.passed.load(Ordering::Relaxed) & bit != 0 {
+            return true;
+        }
+        let passes = check(self);
+        if passes {
+            self.passed.fetch_or(bit, Ordering::Relaxed);
+        }
+        passes
     }
 
     /// A copy in memory of its own, off the page cache: what a node streams every token.
@@ -77,7 +95,7 @@ impl Deref for Bytes {
 impl From<Buffer> for Bytes {
     fn from(buffer: Buffer) -> Bytes {
         let range = 0..buffer.len();
-        Bytes { owner: Arc::new(Owner::Owned(buffer)), range }
+        Bytes { owner: Arc::new(Owner::Owned(buffer)), range, passed: Arc::default() }
     }
 }
 
@@ -190,6 +208,24 @@ mod tests {
             .take_while(|(index, line)| *index == 0 || bounds(line).is_none())
             .map(|(_, line)| line.to_owned())
             .collect()
+    }
+
+    #[test]
+    fn what_passed_is_not_looked_at_again_and_what_did_not_is() {
+        let bytes = Bytes::from(Buffer::zeroed(128));
+        assert!(!bytes.passes_once(1, |_| false), "it does not pass");
+        let mut looks = 0;
+        let mut look = |bytes: &Bytes, number| {
+            assert!(bytes.passes_once(number, |seen| {
+                looks += 1;
+                seen == &**bytes
+            }));
+            looks
+        };
+        assert_eq!(look(&bytes, 1), 1, "it passes now");
+        assert_eq!([look(&bytes, 1), look(&bytes.clone(), 1)], [1, 1]);
+        assert_eq!(look(&bytes, 2), 2, "another check");
+        assert_eq!(look(&bytes.slice(0, 64).unwrap(), 1), 3, "other bytes");
     }
 
     #[test]

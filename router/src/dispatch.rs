@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use mesh_net::hub::{Hub, Lane};
 use mesh_net::pending::PendingCall;
 use mesh_proto::attempts::{HedgeBudget, Standing};
+use mesh_proto::cluster::Cluster;
 use mesh_proto::health::{Budget, Doubts};
 use mesh_proto::routes::{self, NodeIndex, Routes};
 use mesh_wire::call::{Assignment as WireAssignment, CallDraft, CallHead};
@@ -221,6 +222,19 @@ impl Dispatch {
         self.step += 1;
         self.refresh();
         self.view.write(&self.places);
+    }
+
+    /// Whether experts that could not be had may be there soon, because the routes are new already or nodes are loading;
+    /// then waits until they are new, for `timeout` at most. Not where the router could have computed them.
+    pub fn await_loading(&self, timeout: Duration) -> bool {
+        let Some(hub) = self.hub.as_ref().filter(|_| !self.own.fallback) else { return false };
+        let is_new = |cluster: &Cluster| !Arc::ptr_eq(&cluster.routes(), &self.routes);
+        let may_come = |cluster: &Cluster| is_new(cluster) || cluster.epoch() > 0 && !cluster.settled();
+        if !hub.wait_until(Duration::ZERO, may_come) {
+            return false;
+        }
+        hub.wait_until(timeout, is_new);
+        true
     }
 
     /// Whether any node serves experts.

@@ -23,6 +23,13 @@ use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Ti
 use crate::sampler::{self, Sampler, Scratch};
 use crate::scheduler::{Limits, LimitsError, NewSequence, Occupancy, Scheduler, SequenceId, Slice, StepPlan};
 
+/// How long a step waits for experts that nodes are loading, before its requests end: longer than a node takes for a few
+/// experts more, shorter than clients wait for a first answer.
+pub const HOLD_MAX: Duration = Duration::from_secs(5);
+
+/// After so long it is tried again at the latest, and clients that went away are noticed.
+pub const HOLD_SLICE: Duration = Duration::from_millis(100);
+
 /// How the engine divides its time and memory.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
@@ -98,6 +105,8 @@ pub struct Engine {
     scratch: Scratch,
     tokens: Vec<u32>,
     logits: Vec<f32>,
+    /// Since when steps fail for want of experts that nodes are loading.
+    held_since: Option<Instant>,
 }
 
 /// A sequence in progress.
@@ -150,6 +159,7 @@ impl Engine {
             scratch: Scratch::default(),
             tokens: Vec::new(),
             logits: Vec::new(),
+            held_since: None,
         })
     }
 
@@ -302,7 +312,11 @@ impl Engine {
         let step = Step { tokens: &self.tokens, runs: &runs, wanted: &wanted };
         let result = self.forward.step(&step, &mut self.logits, &mut cost);
         match result {
-            Ok(()) => self.deliver(plan, &cost, started),
+            Ok(()) => {
+                self.held_since = None;
+                self.deliver(plan, &cost, started);
+            }
+            Err(error) if self.holds(&error) => {}
             Err(error) => self.fail(plan, &error),
         }
     }
@@ -351,6 +365,20 @@ impl Engine {
             let generated = plan.slices.iter().filter(|slice| slice.samples).count();
             metrics.step(plan.rows(), plan.rows() - decode_rows, generated);
         }
+    }
+
+    /// Whether a step that failed is to be computed again rather than to end requests: experts were out of reach because
+    /// nodes are loading them. Waits a moment, then.
+    fn holds(&mut self, error: &ForwardError) -> bool {
+        if !matches!(error, ForwardError::Layer(LayerError::Unreachable(_))) {
+            return false;
+        }
+        let since = *self.held_since.get_or_insert_with(Instant::now);
+        let holds = since.elapsed() < HOLD_MAX && self.forward.await_loading(HOLD_SLICE);
+        if !holds {
+            self.held_since = None;
+        }
+        holds
     }
 
     /// Ends the requests that made a step fail.

@@ -192,6 +192,11 @@ impl Forward {
         self.kv_block_bytes
     }
 
+    /// As `Dispatch::await_loading`.
+    pub fn await_loading(&self, timeout: Duration) -> bool {
+        self.experts.dispatch.await_loading(timeout)
+    }
+
     /// Bytes of experts the router holds by now.
     pub fn home_bytes(&self) -> u64 {
         self.experts.home.weight_bytes()

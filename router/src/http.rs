@@ -14,6 +14,8 @@ mod serve;
 
 mod text;
 
+mod door;
+
 mod chat;
 
 mod completions;
@@ -46,6 +48,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use tokio::net::TcpListener;
 
+pub use door::{Door, Starting, Waiting};
 pub use error::ApiError;
 pub use keys::{ApiKeys, OpenBind};
 pub use service::{BODY_BYTES_MAX, Cluster, Identity, Service};
@@ -59,10 +62,26 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const EXACT: HeaderName = HeaderName::from_static("x-moemesh-exact");
 const WARNINGS: HeaderName = HeaderName::from_static("x-moemesh-warnings");
 
-/// Serves the API on `listener` until `shutdown` is ready and every answer under way is finished. Check the
-/// address with [`ApiKeys::check_bind`] before binding; drain the engine afterwards.
-pub async fn serve(listener: TcpListener, service: Arc<Service>, shutdown: impl Future<Output = ()>) {
-    serve::run(listener, routes(service), shutdown).await;
+/// Serves the API on `listener` until `shutdown` is ready and every answer under way is finished; what is asked before
+/// the door is opened is told what is waited for. Check the address with [`ApiKeys::check_bind`] before binding;
+/// drain the engine afterwards.
+pub async fn serve(listener: TcpListener, door: Arc<Door>, shutdown: impl Future<Output = ()>) {
+    serve::run(listener, Router::new().fallback(knock).with_state(door), shutdown).await;
+}
+
+async fn knock(State(door): State<Arc<Door>>, request: Request) -> Response<Body> {
+    if let Some(service) = door.service() {
+        return answer(State(service), request).await;
+    }
+    let headers = request.headers();
+    let mut response = match Route::of(request.uri().path()) {
+        Route::Health => door.health(),
+        _ if !door.keys.admit(headers) => ApiError::key().response(),
+        Route::Nodes => door.nodes(),
+        _ => door.refusal().response(),
+    };
+    response.headers_mut().insert(REQUEST_ID, request_id(headers));
+    response
 }
 
 /// The whole API as a tower service, for tests and embedding.

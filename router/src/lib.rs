@@ -6,6 +6,8 @@ pub mod serve;
 
 pub mod admin;
 
+mod view;
+
 mod reachable;
 
 pub mod http;

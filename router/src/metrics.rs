@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use mesh_net::hub::HubCounters;
 use mesh_proto::attempts::Counts;
 use prometheus::{
     Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -81,6 +82,10 @@ pub struct Metrics {
     node_up: IntGaugeVec,
     node_malformed: IntCounterVec,
     node_stale: IntCounterVec,
+    node_quarantined: IntGaugeVec,
+    handshakes_failed: IntCounter,
+    joins_refused: IntCounter,
+    connections_deferred: IntCounter,
     hedged_calls: IntCounter,
     hedges_won: IntCounter,
     retried_calls: IntCounter,
@@ -177,6 +182,22 @@ impl Metrics {
                 &["node"],
             )?,
             node_stale: r.counters("node_stale_replies_total", "Replies nobody waited for.", &["node"])?,
+            node_quarantined: r.add(IntGaugeVec::new(
+                opts(
+                    "node_quarantined",
+                    "1 if a node gets no work, as it answered what no correct node does.",
+                ),
+                &["node"],
+            ))?,
+            handshakes_failed: r.counter(
+                "handshakes_failed_total",
+                "Peers that did not get in: unknown or revoked keys, other protocols, silence.",
+            )?,
+            joins_refused: r.counter("joins_refused_total", "Machines that came to join and did not.")?,
+            connections_deferred: r.counter(
+                "connections_deferred_total",
+                "First packets put off or turned away, as too many came at once.",
+            )?,
             hedged_calls: r.counter("hedged_calls_total", "Calls sent beside others that were late.")?,
             hedges_won: r.counter("hedges_won_total", "Late calls that others answered first.")?,
             retried_calls: r.counter("retried_calls_total", "Calls sent for others that had failed.")?,
@@ -266,6 +287,22 @@ impl Metrics {
         self.node_up.with_label_values(&[node]).set(i64::from(up));
     }
 
+    /// Whether a node is in quarantine.
+    pub fn node_quarantined(&self, node: &str, quarantined: bool) {
+        self.node_quarantined.with_label_values(&[node]).set(i64::from(quarantined));
+    }
+
+    /// Who knocked at the router's door so far and was not let in.
+    pub fn strangers(&self, counters: &HubCounters) {
+        for (series, now) in [
+            (&self.handshakes_failed, counters.handshakes_failed),
+            (&self.joins_refused, counters.joins_refused),
+            (&self.connections_deferred, counters.deferred),
+        ] {
+            series.inc_by(now.saturating_sub(series.get()));
+        }
+    }
+
     /// What a node has sent so far that no correct node sends, and replies nobody waited for.
     pub fn node_nonsense(&self, node: &str, malformed: u64, stale: u64) {
         for (series, now) in [(&self.node_malformed, malformed), (&self.node_stale, stale)] {
@@ -326,6 +363,11 @@ mod tests {
         metrics.fallback(4);
         metrics.node_nonsense("a", 2, 5);
         metrics.node_nonsense("a", 2, 7);
+        metrics.node_quarantined("a", true);
+        let knocks =
+            HubCounters { handshakes_failed: 4, joins_refused: 3, deferred: 9, ..HubCounters::default() };
+        metrics.strangers(&HubCounters { handshakes_failed: 2, ..knocks });
+        metrics.strangers(&knocks);
         metrics.calls_repeated(&Counts { hedges: 3, hedges_won: 2, retries: 1, ..Counts::default() });
         metrics.http_started();
         metrics.http_finished("/v1/models", 200, Duration::from_millis(1));
@@ -343,6 +385,10 @@ mod tests {
             "moemesh_node_malformed_total{node=\"a\"} 2",
             "moemesh_node_stale_replies_total{node=\"a\"} 7",
             "moemesh_hedged_calls_total 3",
+            "moemesh_node_quarantined{node=\"a\"} 1",
+            "moemesh_handshakes_failed_total 4",
+            "moemesh_joins_refused_total 3",
+            "moemesh_connections_deferred_total 9",
             "moemesh_hedges_won_total 2",
             "moemesh_retried_calls_total 1",
         ] {

@@ -1,20 +1,19 @@
 //! The router as a process: puts mesh, model, engine and API together, and takes them apart in order.
 //!
-//! Start: listen (so that nodes can dial while weights load), load, wait for the nodes, serve. Stop: no new
-//! requests, finish what runs, say goodbye to the nodes.
+//! Start: listen (so that nodes can dial while weights load, and whoever asks hears what is waited for), load, wait for
+//! the nodes, serve. Stop: no new requests, finish what runs, say goodbye to the nodes.
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_net::authority::Authority;
-use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
+use mesh_net::hub::{Hub, HubConfig, HubError};
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_proto::machine::Machine;
-use mesh_proto::placement::{Copies, Outlook, Share, Wishes};
-use mesh_proto::routes::Routes;
+use mesh_proto::placement::{Copies, Wishes};
 use model::config::ModelConfig;
 use model::decoder::LoadError;
 use model::format::{COMBINE_BLOCK, Format};
@@ -24,19 +23,18 @@ use model::kernel::measure::ROWS;
 use model::kernel::native::Native;
 use model::kernel::native::kv::{KV_BLOCK, KvCache};
 use model::open::Model;
-use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use crate::admin::{Admin, AdminError};
-use crate::dispatch::PlacesView;
-use crate::engine::{Engine, EngineConfig, EngineStatus, StatusView};
+use crate::engine::{Engine, EngineConfig};
 use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
 use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
-use crate::request::{EngineFacts, EngineHandle, GenerateError, name_experts};
+use crate::request::{EngineFacts, EngineHandle};
 use crate::scheduler::LimitsError;
-use crate::share::Place;
+use crate::view::{ClusterView, Startup};
 
 /// How long a plan waits for the link of a node that just joined to be measured.
 const MEASURE_WITHIN: Duration = Duration::from_millis(500);
@@ -203,7 +201,8 @@ pub enum Milestone {
 }
 
 /// Runs a router until `stop` resolves, also while it loads or waits for nodes; then a blocking task of the runtime
-/// may still be loading: end the runtime with a timeout.
+/// may still be loading: end the runtime with a timeout. The API answers from the first milestone on: until the last
+/// one with what is waited for.
 ///
 /// # Errors
 /// What keeps it from starting.
@@ -224,79 +223,112 @@ pub async fn run(
     let hub = start_hub(&config, own)?;
     let mesh = hub.as_ref().map(|hub| hub.local_addr());
     let _admin = serve_operator(&config, hub.as_ref())?;
+    let expect = config.mesh.as_ref().and_then(|mesh| mesh.expect);
+    let startup = Arc::new(Startup::new(hub.clone(), expect, own));
+    let api = Api::open(listener, http::Door::new(keys.clone(), Arc::clone(&startup) as _));
     reached(Milestone::Listening { mesh, http: address });
 
     tokio::pin!(stop);
-    let loading = (config.clone(), hub.clone());
-    let (tell, mut told) = tokio::sync::watch::channel((0, 0));
-    let mut task = tokio::task::spawn_blocking(move || {
-        load(&loading.0, loading.1, &mut |done, total| {
-            tell.send_replace((done, total));
-        })
-    });
-    let loaded = loop {
-        tokio::select! {
-            loaded = &mut task => break loaded,
-            Ok(()) = told.changed() => {
-                let (done, total) = *told.borrow_and_update();
-                reached(Milestone::Loading { done, total });
-            }
-            () = &mut stop => return Ok(()),
-        }
+    let progress = |done, total| {
+        startup.load(Some((done, total)));
+        reached(Milestone::Loading { done, total });
+    };
+    let loaded = tokio::select! {
+        loaded = load_beside(&config, hub.clone(), progress) => loaded,
+        () = &mut stop => return Ok(()),
     };
     let metrics = Arc::new(Metrics::new().map_err(|error| RouterError::Start(error.to_string()))?);
-    let (handle, engine) = loaded.map_err(|error| RouterError::Start(error.to_string()))??;
+    let (handle, engine) = loaded?;
     let engine = engine.counting(Arc::clone(&metrics));
     let (status, places) = (engine.status(), engine.places());
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run());
     let thread = thread.map_err(|error| RouterError::Start(error.to_string()))?;
+    startup.load(None);
     let nodes = tokio::select! {
         nodes = wait_for_nodes(&config, hub.clone()) => nodes,
         () = &mut stop => return Ok(()),
     };
-    let view = ClusterView {
-        hub: hub.clone(),
-        status,
-        places,
-        engine: handle.clone(),
-        own,
-        // Else every expert is within reach, always.
-        fallback: config.fallback || hub.is_none(),
-        unreachable: Mutex::default(),
-    };
+    // Without fallback nobody but the nodes computes; without nodes every expert is within reach, always.
+    let fallback = config.fallback || hub.is_none();
+    let (engine, hub_seen, unreachable) = (handle.clone(), hub.clone(), Mutex::default());
+    let view = ClusterView { hub: hub_seen, status, places, engine, own, fallback, unreachable };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
+    api.door.open(Arc::new(service));
     reached(Milestone::Ready { nodes });
-    serve_until(listener, service, stop).await;
+    stop.await;
+    api.close().await;
+    finish(handle, thread, hub).await;
+    Ok(())
+}
 
+/// Ends the engine and says goodbye to the nodes.
+async fn finish(handle: EngineHandle, engine: std::thread::JoinHandle<()>, hub: Option<Arc<Hub>>) {
     if tokio::time::timeout(DRAIN_WITHIN, handle.drain()).await.is_err() {
         tracing::warn!("sequences still run after {} s; they end with the router", DRAIN_WITHIN.as_secs());
-    } else if tokio::task::spawn_blocking(move || thread.join()).await.is_err() {
+    } else if tokio::task::spawn_blocking(move || engine.join()).await.is_err() {
         tracing::error!("the engine thread could not be joined");
     }
-    if let Some(hub) = hub.and_then(Arc::into_inner) {
+    if let Some(hub) = hub {
         // Blocks half a second at most, and nothing else runs here any more.
         let goodbye = tokio::task::spawn_blocking(move || hub.shutdown("the router stops"));
         goodbye.await.ok();
     }
-    Ok(())
 }
 
-/// Serves the API; once `stop` resolves, answers under way get `DRAIN_WITHIN` to end.
-async fn serve_until(listener: TcpListener, service: http::Service, stop: impl Future<Output = ()>) {
-    let stopped = tokio::sync::Notify::new();
-    let stop = async {
-        stop.await;
-        stopped.notify_one();
-    };
-    let patience = async {
-        stopped.notified().await;
-        tokio::time::sleep(DRAIN_WITHIN).await;
-    };
-    tokio::select! {
-        () = http::serve(listener, Arc::new(service), stop) => {}
-        () = patience => tracing::warn!("answers still run after {} s; they are cut off", DRAIN_WITHIN.as_secs()),
+/// The API's socket, served by a task of its own.
+struct Api {
+    door: Arc<http::Door>,
+    closing: oneshot::Sender<()>,
+    task: EndOnDrop,
+}
+
+impl Api {
+    fn open(listener: TcpListener, door: http::Door) -> Api {
+        let (door, (closing, closed)) = (Arc::new(door), oneshot::channel());
+        // The sender ends with the `Api`, and the task with it.
+        let serving = http::serve(listener, Arc::clone(&door), async { drop(closed.await) });
+        Api { door, closing, task: EndOnDrop(tokio::spawn(serving)) }
+    }
+
+    /// No new requests; answers under way get `DRAIN_WITHIN` to end.
+    async fn close(mut self) {
+        // Fails only where the task has ended.
+        self.closing.send(()).ok();
+        match tokio::time::timeout(DRAIN_WITHIN, &mut self.task.0).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the API ended by itself"),
+            Err(_) => {
+                tracing::warn!("answers still run after {} s; they are cut off", DRAIN_WITHIN.as_secs());
+            }
+        }
+    }
+}
+
+/// `load`, on a thread that may wait.
+async fn load_beside(
+    config: &RouterConfig,
+    hub: Option<Arc<Hub>>,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(EngineHandle, Engine), RouterError> {
+    let config = config.clone();
+    let (tell, mut told) = tokio::sync::watch::channel((0, 0));
+    let mut task = tokio::task::spawn_blocking(move || {
+        load(&config, hub, &mut |done, total| {
+            tell.send_replace((done, total));
+        })
+    });
+    loop {
+        tokio::select! {
+            loaded = &mut task => {
+                return loaded.map_err(|error| RouterError::Start(error.to_string()))?;
+            }
+            Ok(()) = told.changed() => {
+                let (done, total) = *told.borrow_and_update();
+                progress(done, total);
+            }
+        }
     }
 }
 
@@ -478,192 +510,4 @@ fn identity(config: &RouterConfig) -> http::Identity {
         exact: exact.to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
-}
-
-/// What the API tells of the cluster.
-struct ClusterView {
-    hub: Option<Arc<Hub>>,
-    status: StatusView,
-    places: PlacesView,
-    engine: EngineHandle,
-    /// What the router measured of itself.
-    own: [u32; ROWS.len()],
-    /// Whether the router can compute every expert.
-    fallback: bool,
-    /// By the routes it was found in: the experts that nobody can compute.
-    unreachable: Mutex<Option<(Arc<Routes>, Option<String>)>>,
-}
-
-impl ClusterView {
-    /// The experts that nobody can compute at the moment, named; looked for once per table.
-    fn unreachable(&self) -> Option<String> {
-        let hub = self.hub.as_ref().filter(|_| !self.fallback)?;
-        let routes = hub.routes();
-        let mut known = self.unreachable.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, named)) = known.as_ref().filter(|(of, _)| Arc::ptr_eq(of, &routes)) {
-            return named.clone();
-        }
-        let nobodys = routes.table.all().filter(|(_, part)| part.holders.is_empty());
-        let mut keys: Vec<(u16, u16)> = nobodys.map(|(key, _)| (key.layer, key.expert)).collect();
-        keys.dedup();
-        let named = (!keys.is_empty()).then(|| name_experts(keys.into_iter()));
-        *known = Some((routes, named.clone()));
-        named
-    }
-}
-
-impl http::Cluster for ClusterView {
-    fn nodes(&self) -> Value {
-        let places = self.places.read();
-        let outlook = self.hub.as_ref().and_then(|hub| hub.outlook());
-        let nodes: Vec<NodeStatus> = self.hub.iter().flat_map(|hub| hub.nodes()).collect();
-        let planned = |node: usize| {
-            let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
-            shares.copied().find(|share| usize::from(share.node) == node)
-        };
-        let mut router = router_json(&self.status.read(), places.first());
-        if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
-            router["weight_mb_s"] = json!(self.own);
-        }
-        let counters = || nodes.iter().map(|node| &node.counters);
-        router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
-        router["stale"] = counters().map(|counters| counters.stale).sum::<u64>().into();
-        // A revoked machine's row gives way to the one that has its name now.
-        let is_shadow = |row: &NodeStatus| {
-            let same = |other: &NodeStatus| other.name == row.name && other.id != row.id;
-            row.cluster.state == NodeState::Revoked && nodes.iter().any(same)
-        };
-        let shown = (0..).zip(&nodes).filter(|(_, node)| !is_shadow(node));
-        let nodes: Vec<Value> =
-            shown.map(|(index, node)| node_json(node, places.get(index + 1), planned(index))).collect();
-        json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
-    }
-
-    fn trouble(&self) -> Option<String> {
-        if self.engine.is_closed() {
-            return Some("the engine has ended; restart the router".to_owned());
-        }
-        let experts = self.unreachable()?;
-        let serving = |node: &NodeStatus| node.cluster.state == NodeState::Serving;
-        if !self.hub.iter().flat_map(|hub| hub.nodes()).any(|node| serving(&node)) {
-            return Some(
-                "no node serves, and the router computes no experts itself (--no-fallback)".to_owned(),
-            );
-        }
-        Some(GenerateError::ExpertsUnavailable { experts }.to_string())
-    }
-
-    fn refusal(&self) -> Option<GenerateError> {
-        self.unreachable().map(|experts| GenerateError::ExpertsUnavailable { experts })
-    }
-
-    fn refresh(&self, metrics: &Metrics) {
-        for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
-            if node.cluster.state != NodeState::Revoked {
-                metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
-                metrics.node_nonsense(&node.name, node.counters.rejected, node.counters.stale);
-            }
-        }
-    }
-}
-
-/// The plan in use, to be compared with what is measured.
-fn plan_json(outlook: &Outlook) -> Value {
-    json!({
-        "epoch": outlook.epoch,
-        "predicted_tok_s": 1e9 / outlook.token_ns.max(1) as f64,
-        "copies": outlook.copies.0,
-        "copies_max": outlook.copies.1,
-        "unplaced": outlook.unplaced,
-    })
-}
-
-/// What is known of a node; `place` is what the router has learned of its speed, `planned` what it is to do.
-fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -> Value {
-    let (status, counters) = (&node.cluster, &node.counters);
-    let micros = |time: Option<Duration>| time.map_or(0, |time| time.as_micros() as u64);
-    let hello = status.hello.as_ref();
-    json!({
-        "name": node.name,
-        "id": node.id.to_hex(),
-        "state": status.state.to_string(),
-        "address": node.address.map(|address| address.to_string()),
-        "epoch": status.epoch,
-        "experts": status.experts,
-        "weight_bytes": status.weight_bytes,
-        "memory_bytes": hello.map(|hello| hello.memory_bytes),
-        "threads": hello.map(|hello| hello.threads),
-        "kernels": hello.map(|hello| hello.kernels.clone()),
-        "version": hello.map(|hello| hello.version.clone()),
-        "weight_mb_s": hello.map(|hello| hello.weight_mb_s),
-        "calls": counters.calls,
-        "assignments": counters.assignments,
-        "rows": counters.rows,
-        "bytes_out": counters.bytes_out,
-        "bytes_in": counters.bytes_in,
-        "missed": counters.late + counters.gone + counters.refused + counters.rejected,
-        "late": counters.late,
-        "gone": counters.gone,
-        "refused": counters.refused,
-        "rejected": counters.rejected,
-        "malformed": counters.rejected,
-        "hedged": counters.hedged,
-        "stale": counters.stale,
-        "connections": counters.connections,
-        "service_us": micros(status.call_means.map(|means| means.0)),
-        "round_trip_us": micros(status.call_means.map(|means| means.1)),
-        "path_rtt_us": micros(node.path_rtt),
-        "link": {"round_trip_us": status.link.round_trip_us, "mb_s": status.link.mb_s},
-        "planned_share": planned.map(|planned| planned.share),
-        "left_out": planned.is_some_and(|planned| planned.left_out),
-        "probes": counters.probes,
-        "probes_failed": counters.probes_failed,
-        "correction": place.map(|place| place.learned.corrections()),
-        "call_overhead_us": place.map(|place| place.learned.call_us()),
-        "resident_bytes": status.health.map(|health| health.resident_bytes),
-        "note": status.note,
-    })
-}
-
-fn router_json(status: &EngineStatus, place: Option<&Place>) -> Value {
-    let us = |time: Duration| time.as_micros() as u64;
-    let cost = &status.cost;
-    json!({
-        "steps": status.steps,
-        "rows": status.rows,
-        "decode_rows": status.decode_rows,
-        "preemptions": status.preemptions,
-        "calls": cost.calls,
-        "fallbacks": cost.fallbacks,
-        "hedges": cost.hedges,
-        "hedges_won": cost.hedges_won,
-        "retries": cost.retries,
-        "bytes_out": cost.bytes_out,
-        "bytes_in": cost.bytes_in,
-        "home_bytes": status.home_bytes,
-        "weight_mb_s": place.map(|place| place.weight_mb_s),
-        "correction": place.map(|place| place.learned.corrections()),
-        "assignments": cost.assignments,
-        "assignments_here": cost.assignments_here,
-        "weight_bytes": status.weight_bytes,
-        "kv_peak_bytes": status.kv_peak_bytes,
-        "decode_us": us(status.decode_time),
-        "prefill_us": us(status.prefill_time),
-        "running": status.occupancy.running,
-        "waiting": status.occupancy.waiting,
-        "kv_blocks_used": status.occupancy.blocks_used,
-        "kv_blocks": status.occupancy.blocks,
-        "stages_us": {
-            "attention": us(cost.attention),
-            "gate": us(cost.gate),
-            "send": us(cost.send),
-            "experts": us(cost.experts),
-            "ffn": us(cost.ffn),
-            "wait": us(cost.wait),
-            "combine": us(cost.combine),
-            "head": us(cost.head),
-            "sample": us(status.sample_time),
-            "scheduler": us(status.plan_time),
-        },
-    })
 }

@@ -38,12 +38,23 @@ const NEW_WEIGHT: f32 = 1.0 / 8.0;
 /// core says nothing of the next call.
 const SURPRISE_MAX: f32 = 8.0;
 
-/// Corrections stay within this factor of the table, either way.
-const CORRECTION_MAX: f32 = 64.0;
+/// Corrections stay within this factor of the table, either way: start-up measurements were seen to be a hundred times
+/// too slow.
+const CORRECTION_MAX: f32 = 256.0;
 
 /// What a place that gets nothing forgets per layer: after a hundred layers, a few tokens, it is tried again even if
 /// it was learned to be hopeless.
 const FORGET: f32 = 1.0 / 64.0;
+
+/// No place is hoped to be more than this many times faster than what is known of it.
+const HOPE_MAX: f32 = 1024.0;
+
+/// Hoped for at least so many times faster, it is given work as a trial.
+const TRIAL: f32 = 2.0;
+
+/// A trial that fails makes hope grow half as fast, down to this part: a place that is a hundred times slower then costs
+/// a layer in ten thousand.
+const DOUBT_MAX: f32 = 64.0;
 
 /// A call's cost beside computing before anything is known of it, microseconds: a round trip on a wired LAN.
 const CALL_US: f32 = 200.0;
@@ -149,12 +160,17 @@ pub struct Learned {
     row_us: Mean,
     /// Microseconds per row by which the place keeps an overlapped step waiting beyond its prediction.
     lag_us: f32,
+    /// How many times faster than what is known of it the place is hoped to be. It grows while the place gets nothing:
+    /// a table that is wrong can only be found out by a trial.
+    hope: f32,
+    /// How many times slower than at first hope grows.
+    doubt: f32,
 }
 
 impl Default for Learned {
     fn default() -> Learned {
         let (one, call_us) = (Mean::at(1.0), Mean::at(CALL_US));
-        Learned { correction: [one; 2], call_us, row_us: Mean::at(0.0), lag_us: 0.0 }
+        Learned { correction: [one; 2], call_us, row_us: Mean::at(0.0), lag_us: 0.0, hope: 1.0, doubt: 1.0 }
     }
 }
 
@@ -181,6 +197,13 @@ impl Learned {
         }
         let mean = &mut self.correction[usize::from(!predicted.few)];
         let ratio = (us / predicted.us).clamp(1.0 / CORRECTION_MAX, CORRECTION_MAX);
+        if self.hope >= TRIAL {
+            let failed = ratio * self.hope > mean.value * TRIAL;
+            self.doubt = if failed { (self.doubt * 2.0).min(DOUBT_MAX) } else { 1.0 };
+            // What was known before is why it got nothing.
+            mean.seen = 0;
+        }
+        self.hope = 1.0;
         let known = if mean.seen == 0 { ratio } else { mean.value };
         mean.take(ratio.clamp(known / SURPRISE_MAX, known * SURPRISE_MAX));
     }
@@ -216,6 +239,7 @@ impl Learned {
         self.call_us.forget(CALL_US);
         self.row_us.forget(0.0);
         self.lag_us -= self.lag_us * FORGET;
+        self.hope = (self.hope * (1.0 + FORGET / self.doubt)).min(HOPE_MAX);
     }
 
     /// Microseconds that a call of `rows` rows costs beside computing.
@@ -245,7 +269,9 @@ impl Place {
         let [few, many] = &self.learned.correction;
         // A disturbed measurement is wrong for many rows as it is for few.
         let correction = if rows > FEW_ROWS && many.seen > 0 { many } else { few };
-        self.curve.us(rows) * correction.value
+        // A trial is of one row and not of a prompt.
+        let hope = if rows > FEW_ROWS { 1.0 } else { self.learned.hope };
+        self.curve.us(rows) * correction.value / hope
     }
 }
 

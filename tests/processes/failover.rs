@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::harness::{Alone, Cluster, OPENING, POLLS_MAX, Shape, Story, moemesh};
+use super::harness::{Alone, Cluster, OPENING, POLLS_MAX, Shape, Story, moemesh, turn};
 
 /// Long enough that most of it is told after the node is lost.
 const TOKENS: usize = 300;
@@ -165,7 +165,9 @@ fn a_killed_node_with_a_replica_leaves_nothing_to_the_router() {
     assert!(of("hedges_won") + of("retries") > 0, "no call was out\n{}", cluster.logs());
     // Once it is back, another may go: what those two held is asked of it.
     cluster.start_node(1);
-    cluster.until("the node serves again", |state| serving(state, 1));
+    // One late call alone does not change its state: its second connection tells that it is back.
+    let back = |state: &Value| state["nodes"][1]["connections"] == 2 && serving(state, 1);
+    cluster.until("the node serves again", back);
     cluster.kill_node(0);
     assert_used_again(&cluster, 1, &expected);
     assert_eq!(number(&cluster.api.nodes(), "/router/fallbacks"), 0, "{}", cluster.logs());
@@ -232,4 +234,53 @@ fn without_fallback_what_is_lost_is_named_and_comes_back_with_its_node() {
     until_refused(&cluster, |state| serving(state, 0) && serving(state, 1));
     ask(&cluster, 8).ok();
     assert_eq!(cluster.api.get("/health").status, 200);
+}
+
+#[test]
+fn a_router_that_waits_for_its_nodes_says_so_and_serves_once_they_are_there() {
+    let _turn = turn();
+    let mut cluster = Cluster::open(&Shape::nodes(2));
+    let api = cluster.api.clone();
+    let waits = |count: &str| {
+        let named = format!("waiting for nodes ({count})");
+        (0..POLLS_MAX).map(|_| api.get("/health")).find(|health| health.text.contains(&named))
+    };
+    // At once, whatever it waits for; loading comes first.
+    let health = api.get("/health");
+    assert_eq!((health.status, health.header("retry-after")), (503, "2"), "{}", health.text);
+    let waiting = waits("0 of 2").expect("it waits for its nodes");
+    let body: Value = serde_json::from_str(&waiting.text).expect("JSON");
+    assert_eq!((waiting.status, &body["status"]), (503, &json!("starting")));
+    assert_eq!(body["nodes"], json!({"here": 0, "wanted": 2}));
+    let asked = json!({"prompt": "The", "max_tokens": 1});
+    let refused = api.post("/v1/completions", &asked);
+    assert!(refused.error(503, "starting").contains("waiting for nodes (0 of 2)"), "{}", refused.text);
+    assert_eq!(refused.header("retry-after"), "2");
+    api.get("/v1/models").error(503, "starting");
+    assert_eq!(api.nodes()["nodes"], json!([]));
+    cluster.join_node(0);
+    waits("1 of 2").expect("it waits for the second node");
+    assert_eq!(api.nodes()["nodes"][0]["name"], "node-1");
+    cluster.join_node(1);
+    assert_eq!(cluster.ready(), json!(2), "{}", cluster.logs());
+    assert_eq!(api.get("/health").ok(), json!({"status": "ok"}));
+    api.complete(&asked);
+}
+
+#[test]
+fn whoever_says_goodbye_is_no_cause_for_warnings() {
+    let mut cluster = Alone::start(&Shape { all: &["-v"], ..Shape::nodes(2) });
+    assert_eq!(cluster.stop_node(1), Some(0));
+    cluster.until("it has left", |nodes| nodes["nodes"][1]["state"] == "absent");
+    assert_eq!(cluster.stop_router(), Some(0));
+    assert_eq!(cluster.stop_node(0), Some(0));
+    let logs = cluster.logs();
+    let about = |words: &str| logs.lines().filter(|line| line.contains(words)).count();
+    // What the first node does next, dialing in vain, is worth a warning.
+    assert!(about("the connection to the router ended") >= 1 && about("a node left") >= 1, "{logs}");
+    let warnings = ["WARN", "ERROR"].map(|level| {
+        let lines = logs.lines().filter(|line| line.contains(level));
+        lines.filter(|line| !line.contains("the router cannot be reached")).count()
+    });
+    assert_eq!(warnings, [0, 0], "{logs}");
 }

@@ -248,6 +248,14 @@ impl Cluster {
     }
 
     fn start_with(shape: &Shape<'_>, serving: usize) -> Cluster {
+        let mut cluster = Cluster::open(shape);
+        (0..shape.nodes).for_each(|index| cluster.join_node(index));
+        assert_eq!(cluster.ready(), json!(serving), "{}", cluster.logs());
+        cluster
+    }
+
+    /// The router alone, which waits for its nodes.
+    pub(crate) fn open(shape: &Shape<'_>) -> Cluster {
         let directory = folder();
         let model = tale_moe().to_string_lossy().into_owned();
         let common = |command: &str, state: &str, more: &[&str]| -> Vec<String> {
@@ -265,18 +273,17 @@ impl Cluster {
         let node_arguments: Vec<Vec<String>> =
             (1..=shape.nodes).map(|index| common("node", &format!("node-{index}"), shape.node)).collect();
         let api = Api::new(&format!("http://{http}"));
-        let mut cluster = Cluster { api, nodes: Vec::new(), node_arguments, router, directory };
-        for index in 0..shape.nodes {
-            cluster.nodes.push(None);
-            cluster.join_node(index);
-        }
-        let ready = cluster.router.announced("ready");
-        assert_eq!(ready["ready"], json!(serving), "{}", cluster.logs());
-        cluster
+        let nodes = (0..shape.nodes).map(|_| None).collect();
+        Cluster { api, nodes, node_arguments, router, directory }
+    }
+
+    /// Waits until the router serves; the number of nodes that do.
+    pub(crate) fn ready(&mut self) -> Value {
+        self.router.announced("ready")["ready"].clone()
     }
 
     /// Starts a node for the first time; returns when it is in the roster, so that nodes have the order of names.
-    fn join_node(&mut self, index: usize) {
+    pub(crate) fn join_node(&mut self, index: usize) {
         let token = self.token();
         self.join_again(index, &token);
     }
@@ -326,6 +333,12 @@ impl Cluster {
         let made = moemesh(&["token", "--state", &self.state("router")]);
         assert_eq!(made.code, Some(0), "{made:#?}");
         made.stdout.trim().to_owned()
+    }
+
+    /// Lets a node leave in order; its exit code.
+    pub(crate) fn stop_node(&mut self, index: usize) -> Option<i32> {
+        self.signal_node(index, "TERM");
+        self.ended(index)
     }
 
     /// Waits until a node has ended by itself; its exit code.

@@ -27,17 +27,21 @@ fn a_revoked_node_ends_and_the_story_goes_on() {
         }
     });
     disturbed.assert_equals(&expected);
-    assert_eq!(cluster.ended(1), Some(1));
+    // Not 1, with which its service manager would start it for ever.
+    assert_eq!(cluster.ended(1), Some(3));
     let logs = cluster.logs();
     assert!(logs.contains("this machine was revoked") && logs.contains("join with a new token"), "{logs}");
     assert_eq!(state_of(&cluster, "node-2")["state"], "revoked");
     // Neither with what it had, nor with another token for the same key.
     let state = cluster.state("node-2");
-    moemesh(&["node", "--state", &state]).refused(&["this machine was revoked"]);
+    let again = moemesh(&["node", "--state", &state]);
+    again.refused(&["this machine was revoked"]);
+    assert_eq!(again.code, Some(3));
     fs::remove_file(Path::new(&state).join("membership")).expect("leave the cluster");
     let token = cluster.token();
-    moemesh(&["node", "--state", &state, "--join", &token])
-        .refused(&["key was revoked", "delete its state folder"]);
+    let rejoined = moemesh(&["node", "--state", &state, "--join", &token]);
+    rejoined.refused(&["key was revoked", "delete its state folder"]);
+    assert_eq!(rejoined.code, Some(3));
     moemesh(&["nodes", "revoke", "node-2", "--state", &router]).refused(&["no node is called `node-2`"]);
     // With a new key it is a new machine, which gets the name that is free.
     fs::remove_dir_all(&state).expect("forget the key");

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use expert_node::node::{ExpertNode, NodeConfig};
-use mesh_net::join;
+use expert_node::node::{ExpertNode, NodeConfig, NodeError};
+use mesh_net::join::{self, JoinError};
 use mesh_net::membership::{Membership, Opened};
 use mesh_net::roster::check_name;
-use mesh_net::station::{StationConfig, Stop};
+use mesh_net::station::{StationConfig, StationError, Stop};
+use mesh_net::tickets::Refused;
 use mesh_net::token::{TEXT_BYTES_MAX, Token};
 use model::kernel::paced::paced;
 
@@ -29,8 +30,16 @@ const LEAVING_EVERY: Duration = Duration::from_millis(500);
 /// Memory assumed where the machine does not say: little for today's machines.
 const MEMORY_UNKNOWN: u64 = 4 << 30;
 
+/// Exit status of a machine that was revoked: starting it again is of no use, and service managers are told so
+/// (`RestartPreventExitStatus` of its unit).
+const REVOKED: u8 = 3;
+
 /// Options of `moemesh node`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Exit status: 0 stopped in order, 1 failed, 2 wrong usage, 3 this machine was revoked (starting \
+                        it again is of no use)."
+)]
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelOptions,
@@ -66,7 +75,25 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
-    let membership = Arc::new(member(&options)?);
+    match serve(&options) {
+        Err(error) if is_revoked(&error) => {
+            eprintln!("moemesh: {error:#}");
+            Ok(ExitCode::from(REVOKED))
+        }
+        ended => ended,
+    }
+}
+
+/// Whether this is what a machine ends with whose key was shut out.
+fn is_revoked(error: &anyhow::Error) -> bool {
+    let ended = error.downcast_ref::<NodeError>();
+    let joined = error.downcast_ref::<JoinError>();
+    matches!(ended, Some(NodeError::Station(StationError::Revoked)))
+        || matches!(joined, Some(JoinError::Refused(Refused::Revoked)))
+}
+
+fn serve(options: &Options) -> anyhow::Result<ExitCode> {
+    let membership = Arc::new(member(options)?);
     let name = membership.admission().name.clone();
     if options.announce {
         output::json(&serde_json::json!({"joined": name}))?;

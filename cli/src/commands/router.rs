@@ -65,8 +65,8 @@ pub(crate) struct Options {
     /// auto: experts are cut and spread over several nodes where that is faster. off: experts stay whole
     #[arg(long, value_enum, default_value_t = Slices::Auto)]
     slices: Slices,
-    /// Compute no experts that are meant for nodes, not even while no node can be asked: requests that need them fail
-    /// with status 503 instead of being slow (for routers without the memory or the disk for it)
+    /// Compute no experts that are meant for nodes, not even while no node can be asked: as long as an expert has no
+    /// holder, requests are answered with status 503 instead of slowly (for routers without the memory or disk for it)
     #[arg(long, conflicts_with = "alone")]
     no_fallback: bool,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)

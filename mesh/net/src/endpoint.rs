@@ -14,8 +14,9 @@ use mesh_wire::id::NodeId;
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
 use quinn::{
-    AckFrequencyConfig, ClientConfig, Connection, ConnectionId, ConnectionIdGenerator, Endpoint,
-    EndpointConfig, IdleTimeout, Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, ClientConfig, Connection, ConnectionError, ConnectionId, ConnectionIdGenerator,
+    Endpoint, EndpointConfig, IdleTimeout, Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig,
+    VarInt,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::pki_types::CertificateDer;
@@ -298,12 +299,22 @@ pub enum Close {
     Busy = 7,
     /// The node does not believe this router; the reason says why.
     Distrusted = 8,
+    /// Something broke on the connection; the reason says what. Another one may do better.
+    Broken = 9,
 }
 
 impl From<Close> for VarInt {
     fn from(close: Close) -> VarInt {
         VarInt::from_u32(close as u32)
     }
+}
+
+/// How a connection that was served ended: `Ok` says who said goodbye, `Err` what broke.
+pub(crate) type Parting = Result<String, String>;
+
+/// Whether the peer closed the connection in order.
+pub(crate) fn is_goodbye(error: &ConnectionError) -> bool {
+    matches!(error, ConnectionError::ApplicationClosed(closed) if closed.error_code == Close::Goodbye.into())
 }
 
 /// Why a lane is reset by us, as the peer sees it.

@@ -50,6 +50,7 @@ use crate::roster::{Machine, Roster};
 use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
 use crate::tally::Feed;
 pub use crate::tally::NodeCounters;
+use crate::throttle::Throttle;
 
 /// How often the cluster's logic is told that time passed.
 const TICK: Duration = Duration::from_millis(100);
@@ -150,6 +151,8 @@ pub struct HubCounters {
     pub deferred: u64,
     /// Machines that joined the cluster.
     pub joined: u64,
+    /// Machines that came to join and were refused, or went away.
+    pub joins_refused: u64,
     /// Connections turned away because their key was in use by another machine.
     pub clones: u64,
     /// The frame pool.
@@ -178,9 +181,12 @@ struct Shared {
     deferred: AtomicU64,
     probe_links: bool,
     joined: AtomicU64,
+    joins_refused: AtomicU64,
     clones: AtomicU64,
     /// Goodbye was said: nodes that leave from now on do what they were told.
     closing: AtomicBool,
+    /// What is written down of peers that did not get in, did not join, did not introduce themselves.
+    strangers: [Throttle; 3],
 }
 
 /// See the module. Dropping it shuts it down.
@@ -376,6 +382,7 @@ impl Hub {
             handshakes_failed: self.shared.handshakes_failed.load(Ordering::Relaxed),
             deferred: self.shared.deferred.load(Ordering::Relaxed),
             joined: self.shared.joined.load(Ordering::Relaxed),
+            joins_refused: self.shared.joins_refused.load(Ordering::Relaxed),
             clones: self.shared.clones.load(Ordering::Relaxed),
             pool: self.shared.pool.counters(),
         }
@@ -419,8 +426,10 @@ impl Shared {
             deferred: AtomicU64::new(0),
             probe_links: config.probe_links,
             joined: AtomicU64::new(0),
+            joins_refused: AtomicU64::new(0),
             clones: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+            strangers: Default::default(),
         };
         shared.seat_newcomers(shared.authority.roster().roster());
         shared.take_up_plan();
@@ -484,6 +493,21 @@ impl Shared {
             Err(error) => {
                 tracing::error!(%error, "the roster cannot be sent");
                 link.close(Close::Unwanted, "the roster cannot be sent");
+            }
+        }
+    }
+
+    /// Says how many lines about strangers were not written.
+    fn sum_up(&self, now: Instant) {
+        let [handshakes, joins, hellos] = &self.strangers;
+        for (kind, what) in [
+            (&self.authority.members().refusals, "peers were turned away for their key"),
+            (handshakes, "peers did not get in"),
+            (joins, "machines did not join the cluster"),
+            (hellos, "nodes did not introduce themselves"),
+        ] {
+            if let Some(more) = kind.due(now) {
+                tracing::warn!("and {more} more {what} in the last minute");
             }
         }
     }
@@ -582,7 +606,10 @@ impl Server {
                     Command::Feed(event) => self.shared.feed(event),
                     Command::Roster => self.shared.follow_roster(),
                 },
-                _ = ticks.tick() => self.shared.feed(Event::Tick),
+                _ = ticks.tick() => {
+                    self.shared.feed(Event::Tick);
+                    self.shared.sum_up(Instant::now());
+                }
                 incoming = self.listener.endpoint.accept() => match incoming {
                     Some(incoming) => self.greet(incoming, &greeters),
                     None => break String::new(),
@@ -642,7 +669,11 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
         Ok(connection) => connection,
         Err(error) => {
             shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(%address, error, "a peer did not get in");
+            if shared.strangers[0].admits(Instant::now()) {
+                tracing::warn!(%address, error, "a peer did not get in");
+            } else {
+                tracing::debug!(%address, error, "a peer did not get in");
+            }
             return;
         }
     };
@@ -658,7 +689,9 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
     let introduction = match introduce(&connection, &shared.pool).await {
         Ok(introduction) => introduction,
         Err(reason) => {
-            tracing::warn!(node = seat.machine.name, %address, reason, "a node did not introduce itself");
+            if shared.strangers[2].admits(Instant::now()) {
+                tracing::warn!(node = seat.machine.name, %address, reason, "a node did not introduce itself");
+            }
             connection.close(Close::Protocol.into(), reason.as_bytes());
             return;
         }
@@ -677,7 +710,7 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
     tracing::info!(node = seat.machine.name, %address, "a node joined");
     shared.show_roster(&link);
     shared.feed(Event::Joined(node, hello));
-    let reason = session.run(Arc::clone(&link)).await;
+    let parting = session.run(Arc::clone(&link)).await;
     let present = {
         let mut current = seat.link();
         let present = current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &link));
@@ -685,10 +718,12 @@ async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, gr
         present
     };
     if present {
-        if shared.closing.load(Ordering::Relaxed) || reason.contains("goodbye") {
-            tracing::info!(node = seat.machine.name, reason, "a node left");
-        } else {
-            tracing::warn!(node = seat.machine.name, reason, "a node is gone");
+        let name = &seat.machine.name;
+        match parting {
+            Err(reason) if !shared.closing.load(Ordering::Relaxed) => {
+                tracing::warn!(node = name, reason, "a node is gone");
+            }
+            Ok(reason) | Err(reason) => tracing::info!(node = name, reason, "a node left"),
         }
         shared.feed(Event::Lost(node));
     }
@@ -703,9 +738,11 @@ async fn admit(shared: &Shared, connection: &Connection) {
         connection.close(Close::Busy.into(), b"too many machines join at once; try again");
         return;
     };
-    if join::serve(connection, &shared.authority).await.is_some() {
+    if join::serve(connection, &shared.authority, &shared.strangers[1]).await.is_some() {
         shared.joined.fetch_add(1, Ordering::Relaxed);
         shared.follow_roster();
+    } else {
+        shared.joins_refused.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -27,6 +27,7 @@ use crate::identity::Identity;
 use crate::keys::{KeyError, SIGNATURE_BYTES, random, verify};
 use crate::membership::Admission;
 use crate::roster::{Machine, check_name};
+use crate::throttle::Throttle;
 use crate::tickets::{Now, Refused};
 use crate::tls::SERVER_NAME;
 use crate::token::{Token, cluster_hash};
@@ -146,7 +147,12 @@ impl Doorway {
 }
 
 /// The router's side: one exchange with a stranger. The machine that was let in, if it was.
-pub(crate) async fn serve(connection: &Connection, authority: &Arc<Authority>) -> Option<Machine> {
+/// Refusals are written down as `refusals` allows.
+pub(crate) async fn serve(
+    connection: &Connection,
+    authority: &Arc<Authority>,
+    refusals: &Throttle,
+) -> Option<Machine> {
     let outcome = timeout(EXCHANGE_WITHIN, exchange(connection, authority)).await;
     let (admitted, reason) = match outcome {
         Ok(Ok(admitted)) => (admitted, "the exchange is over".to_owned()),
@@ -159,7 +165,10 @@ pub(crate) async fn serve(connection: &Connection, authority: &Arc<Authority>) -
             let (name, key) = (&machine.name, machine.key.to_hex());
             tracing::info!(%address, name, key, "a machine joined the cluster");
         }
-        None => tracing::warn!(%address, reason, "a machine did not join the cluster"),
+        None if refusals.admits(std::time::Instant::now()) => {
+            tracing::warn!(%address, reason, "a machine did not join the cluster");
+        }
+        None => tracing::debug!(%address, reason, "a machine did not join the cluster"),
     }
     connection.close(Close::Goodbye.into(), reason.as_bytes());
     admitted

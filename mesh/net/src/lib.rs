@@ -53,6 +53,8 @@ pub mod members;
 
 pub mod roster;
 
+mod throttle;
+
 pub mod identity;
 
 pub mod keys;

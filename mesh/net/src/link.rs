@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use crate::endpoint::Close;
+use crate::endpoint::{Close, Parting, is_goodbye};
 use crate::lane::{Lane, Queue, Worker};
 use crate::probe::Prober;
 use crate::stream::{ReadFrameError, read_frame, write_frame};
@@ -35,9 +35,15 @@ const OUTBOX_MESSAGES: usize = 8;
 /// Time a goodbye has to arrive before the connection is closed regardless.
 pub(crate) const GOODBYE_WITHIN: Duration = Duration::from_millis(200);
 
-/// Time a node has to answer whether it is there. A LAN and a busy machine need a tenth of it; a process that was
-/// killed and started again waits for it once.
-pub(crate) const ALIVE_WITHIN: Duration = Duration::from_millis(300);
+/// Time a node has to answer whether it is there: three round trips as they were estimated while it answered, within
+/// these bounds. A LAN and a busy machine need a third of the lower one; a process that was killed and started again
+/// waits for it once.
+const ALIVE_WITHIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(300));
+
+/// `ALIVE_WITHIN` for a connection with this round trip.
+fn alive_within(round_trip: Duration) -> Duration {
+    round_trip.saturating_mul(3).clamp(ALIVE_WITHIN.0, ALIVE_WITHIN.1)
+}
 
 /// Reports closer together than this are dropped: a node reports every second.
 const HEALTH_EVERY_MIN: Duration = Duration::from_millis(100);
@@ -77,15 +83,16 @@ impl Link {
         }
     }
 
-    /// Whether the node answers, within `ALIVE_WITHIN`.
+    /// Whether the node answers, within `alive_within`.
     pub(crate) async fn is_alive(&self, pool: &Pool) -> bool {
         let asked = self.asked.fetch_add(1, Ordering::Relaxed) + 1;
         let Ok(frame) = Message::Ping(asked).encode(pool) else { return false };
+        let within = alive_within(self.connection.rtt());
         let mut answers = self.answered.subscribe();
         self.tell(Outgoing::Frame(frame));
         let answer = answers.wait_for(|answered| *answered >= asked);
         tokio::select! {
-            answered = timeout(ALIVE_WITHIN, answer) => answered.is_ok_and(|answered| answered.is_ok()),
+            answered = timeout(within, answer) => answered.is_ok_and(|answered| answered.is_ok()),
             _ = self.connection.closed() => false,
         }
     }
@@ -150,8 +157,8 @@ impl Session {
         (Session { node, pool, tally, feed, probes: true, control, outbox: outgoing }, link)
     }
 
-    /// Runs until the connection ends; says why.
-    pub(crate) async fn run(mut self, link: Arc<Link>) -> String {
+    /// Runs until the connection ends.
+    pub(crate) async fn run(mut self, link: Arc<Link>) -> Parting {
         let mut lanes = JoinSet::new();
         for lane in Lane::ALL {
             for _ in 0..lane.streams() {
@@ -163,16 +170,21 @@ impl Session {
         }
         let (mut send, mut recv) = self.control;
         let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
-        let reason = tokio::select! {
-            reason = listen(node, &mut recv, (pool, &link), feed) => reason,
-            reason = speak(&mut send, &mut self.outbox) => reason,
-            error = link.connection.closed() => error.to_string(),
+        let parting = tokio::select! {
+            parting = listen(node, &mut recv, (pool, &link), feed) => parting,
+            parting = speak(&mut send, &mut self.outbox) => parting,
+            error = link.connection.closed() => Err(error.to_string()),
         };
+        let in_order = link.connection.close_reason().as_ref().is_some_and(is_goodbye);
+        let parting = parting.or_else(|reason| if in_order { Ok(reason) } else { Err(reason) });
         // Where the peer has closed already this changes nothing.
-        link.close(Close::Goodbye, "");
+        match &parting {
+            Ok(reason) => link.close(Close::Goodbye, reason),
+            Err(reason) => link.close(Close::Broken, reason),
+        }
         // Lanes notice by themselves; jobs they still hold fail when they end.
         while lanes.join_next().await.is_some() {}
-        reason
+        parting
     }
 
     fn prober(&self, link: &Link) -> Prober {
@@ -208,19 +220,19 @@ async fn listen(
     recv: &mut RecvStream,
     (pool, link): (&Pool, &Link),
     feed: &dyn Feed,
-) -> String {
+) -> Parting {
     let mut last_health: Option<Instant> = None;
     let mut leaving = false;
     loop {
         let frame = match read_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
-            Ok(None) => return "it closed its control stream".to_owned(),
+            Ok(None) => return Err("it closed its control stream".to_owned()),
             Err(error) => {
                 if matches!(&error, ReadFrameError::Frame(error) if !matches!(error, FrameError::PoolExhausted(_)))
                 {
                     feed.feed(Event::Malformed(node));
                 }
-                return format!("its control stream broke: {error}");
+                return Err(format!("its control stream broke: {error}"));
             }
         };
         match Message::decode(&frame) {
@@ -242,35 +254,35 @@ async fn listen(
             Ok(Message::Pong(asked)) if asked <= link.asked.load(Ordering::Relaxed) => {
                 link.answered.send_replace(asked);
             }
-            Ok(Message::Goodbye(goodbye)) => return format!("it said goodbye: {}", goodbye.reason),
+            Ok(Message::Goodbye(goodbye)) => return Ok(format!("it said goodbye: {}", goodbye.reason)),
             Ok(_) => {
                 feed.feed(Event::Malformed(node));
-                return "it said what only a router says".to_owned();
+                return Err("it said what only a router says".to_owned());
             }
             Err(error) => {
                 feed.feed(Event::Malformed(node));
-                return format!("a message of its was refused: {error}");
+                return Err(format!("a message of its was refused: {error}"));
             }
         }
     }
 }
 
 /// Writes what the node is told until the last of it has arrived.
-async fn speak(send: &mut SendStream, outbox: &mut mpsc::Receiver<Outgoing>) -> String {
+async fn speak(send: &mut SendStream, outbox: &mut mpsc::Receiver<Outgoing>) -> Parting {
     while let Some(outgoing) = outbox.recv().await {
         let (frame, last) = match outgoing {
             Outgoing::Frame(frame) => (frame, false),
             Outgoing::Last(frame) => (frame, true),
         };
         if let Err(error) = write_frame(send, frame).await {
-            return format!("its control stream broke: {error}");
+            return Err(format!("its control stream broke: {error}"));
         }
         if last {
             say_goodbye(send).await;
-            return "this router said goodbye".to_owned();
+            return Ok("this router said goodbye".to_owned());
         }
     }
-    "its connection was replaced".to_owned()
+    Err("its connection was replaced".to_owned())
 }
 
 /// Ends the stream and waits, not for long, until the peer has everything.
@@ -278,5 +290,16 @@ pub(crate) async fn say_goodbye(send: &mut SendStream) {
     if send.finish().is_ok() {
         // Either it arrived, or the time is up, or the connection broke: the connection is closed next in any case.
         drop(timeout(GOODBYE_WITHIN, send.stopped()).await);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whether_a_node_lives_is_known_after_three_round_trips_within_bounds() {
+        let within = |millis| alive_within(Duration::from_millis(millis)).as_millis();
+        assert_eq!([0, 1, 33, 34, 50, 100, 5000].map(within), [100, 100, 100, 102, 150, 300, 300]);
     }
 }

@@ -9,11 +9,14 @@ use std::sync::{PoisonError, RwLock};
 use mesh_wire::id::NodeId;
 
 use crate::roster::{Machine, Roster};
+use crate::throttle::Throttle;
 
 /// The keys that may talk, as TLS asks for them.
 #[derive(Debug, Default)]
 pub struct Members {
     keys: RwLock<(HashSet<NodeId>, HashSet<NodeId>)>,
+    /// What is written down of keys that were turned away.
+    pub(crate) refusals: Throttle,
 }
 
 /// What a key is to the cluster.

@@ -31,10 +31,11 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::drain::LEAVING_MAX;
 pub use crate::drain::Stop;
-use crate::endpoint::{self, Close, EndpointError, LaneReset};
+use crate::endpoint::{self, Close, EndpointError, LaneReset, Parting, is_goodbye};
 use crate::helm::Helm;
 use crate::membership::{Distrust, Membership};
 use crate::stream::{PROBE_PRIORITY, ReadFrameError, read_frame, write_frame};
+use crate::throttle::Throttle;
 use crate::tls::SERVER_NAME;
 
 /// How often a node reports.
@@ -241,8 +242,8 @@ impl Station {
         if config.routers.is_empty() && config.membership.admission().addresses.is_empty() {
             return Err(StationError::NoAddress);
         }
-        let (node, stop) =
-            (Arc::new(Node { config, service, stop: stop.clone(), placing: Arc::default() }), stop.clone());
+        let (placing, silence, stop) = (Arc::default(), Throttle::default(), stop.clone());
+        let node = Arc::new(Node { config, service, stop: stop.clone(), placing, silence });
         // A placement that is still loading does not keep the process.
         helm.keep(async move { node.stay_connected(&stop).await })
     }
@@ -263,6 +264,8 @@ struct Node {
     stop: Stop,
     /// Held while weights are loaded, so that a placement of a new connection waits for one of an old.
     placing: Arc<Mutex<()>>,
+    /// What is written down of a router that does not answer.
+    silence: Throttle,
 }
 
 /// How a connection, or the attempt at one, ended.
@@ -324,50 +327,62 @@ impl Node {
         let connection = match dialed.unwrap_or_else(|_| silence()) {
             Ok(connection) => connection,
             Err((reason, end)) => {
-                tracing::warn!(%address, reason, "the router cannot be reached");
+                // A router that is away for a day is not worth 30 000 lines.
+                if self.silence.admits(Instant::now()) {
+                    tracing::warn!(%address, reason, "the router cannot be reached; this node goes on trying");
+                } else {
+                    tracing::debug!(%address, reason, "the router cannot be reached");
+                }
                 return Ok(end);
             }
         };
         tracing::info!(%address, "connected to the router");
         let since = Instant::now();
-        let reason = self.session(&connection).await;
+        let parting = self.session(&connection).await;
         let closed = connection.close_reason();
-        let reason = closed.as_ref().map_or(reason, explain);
+        let in_order = parting.is_ok() || self.stop.is_triggered() || closed.as_ref().is_some_and(is_goodbye);
+        let told = parting.unwrap_or_else(|reason| closed.as_ref().map_or(reason, explain));
+        let reason = told.as_str();
         let end = match closed.as_ref().map_or(Ok(End::Served), judge) {
             Ok(End::Refused) if since.elapsed() < SERVED_MIN => {
                 tracing::warn!(%address, reason, "refused; this node will try again, ever more rarely");
                 Ok(End::Refused)
             }
-            Ok(_) if stop.is_triggered() => Ok(End::Served),
+            Ok(_) if in_order => {
+                tracing::info!(%address, reason, "the connection to the router ended");
+                Ok(End::Served)
+            }
             Ok(_) => {
-                tracing::warn!(%address, reason, "the connection to the router ended");
+                tracing::warn!(%address, reason, "the connection to the router broke");
                 Ok(End::Served)
             }
             Err(error) => Err(error),
         };
-        connection.close(Close::Goodbye.into(), b"");
+        let close = if in_order { Close::Goodbye } else { Close::Broken };
+        connection.close(close.into(), reason.as_bytes());
         // Lets the close arrive; a router that is gone does not hold us up.
         drop(timeout(GOODBYE_WITHIN, endpoint.wait_idle()).await);
         end
     }
 
-    /// Serves one connection until it ends. Says why.
-    async fn session(self: &Arc<Node>, connection: &Connection) -> String {
+    /// Serves one connection until the router says goodbye, or something breaks.
+    async fn session(self: &Arc<Node>, connection: &Connection) -> Parting {
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
         let (orders, placements) = mpsc::channel(PLACEMENTS_MAX);
         let (send, recv) = match connection.open_bi().await {
             Ok(control) => control,
-            Err(error) => return explain(&error),
+            Err(error) => return Err(explain(&error)),
         };
-        tokio::select! {
+        let reason = tokio::select! {
+            parting = self.listen((connection, recv), orders, outbox.clone()) => return parting,
             reason = self.speak(send, outgoing) => reason,
             reason = self.leave(outbox.clone()) => reason,
-            reason = self.listen((connection, recv), orders, outbox.clone()) => reason,
             reason = self.place(placements, outbox.clone()) => reason,
             reason = self.report(outbox) => reason,
             reason = self.lanes(connection) => reason,
             () = self.stop.out_of_time(GOODBYE_WITHIN) => "the router does not read this node's goodbye".to_owned(),
-        }
+        };
+        Err(reason)
     }
 
     /// Introduces the node, then writes what is to be said until that is goodbye.
@@ -431,13 +446,13 @@ impl Node {
         (connection, mut recv): (&Connection, RecvStream),
         orders: mpsc::Sender<Placement>,
         outbox: mpsc::Sender<Message>,
-    ) -> String {
+    ) -> Parting {
         let mut allowed: &[Op] = &[Op::Roster, Op::Goodbye];
         loop {
             let frame = match read_frame(&mut recv, &self.config.pool, allowed).await {
                 Ok(Some(frame)) => frame,
-                Ok(None) => return "the router closed the control stream".to_owned(),
-                Err(error) => return format!("the control stream broke: {error}"),
+                Ok(None) => return Err("the router closed the control stream".to_owned()),
+                Err(error) => return Err(format!("the control stream broke: {error}")),
             };
             match Message::decode(&frame) {
                 Ok(Message::Roster(shown)) => {
@@ -445,25 +460,25 @@ impl Node {
                         tracing::error!(address = %connection.remote_address(), %distrust, "this router is not trusted");
                         let reason = distrust.to_string();
                         connection.close(Close::Distrusted.into(), reason.as_bytes());
-                        return reason;
+                        return Err(reason);
                     }
                     allowed = &[Op::Roster, Op::Placement, Op::Ping, Op::Goodbye];
                 }
                 Ok(Message::Ping(asked)) => {
                     if outbox.try_send(Message::Pong(asked)).is_err() {
-                        return "the router asks faster than can be answered".to_owned();
+                        return Err("the router asks faster than can be answered".to_owned());
                     }
                 }
                 Ok(Message::Placement(placement)) => {
                     if orders.try_send(placement).is_err() {
-                        return "the router sends placements faster than they can be loaded".to_owned();
+                        return Err("the router sends placements faster than they can be loaded".to_owned());
                     }
                 }
                 Ok(Message::Goodbye(goodbye)) => {
-                    return format!("the router said goodbye: {}", goodbye.reason);
+                    return Ok(format!("the router said goodbye: {}", goodbye.reason));
                 }
-                Ok(_) => return "the router said what only a node says".to_owned(),
-                Err(error) => return format!("a message of the router was refused: {error}"),
+                Ok(_) => return Err("the router said what only a node says".to_owned()),
+                Err(error) => return Err(format!("a message of the router was refused: {error}")),
             }
         }
     }
@@ -659,7 +674,9 @@ fn judge(error: &ConnectionError) -> Result<End, StationError> {
         ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Revoked) => {
             Err(StationError::Revoked)
         }
-        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Goodbye) => {
+        ConnectionError::ApplicationClosed(closed)
+            if is(closed.error_code, Close::Goodbye) || is(closed.error_code, Close::Broken) =>
+        {
             Ok(End::Served)
         }
         ConnectionError::ApplicationClosed(_) => Ok(End::Refused),

@@ -14,6 +14,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use mesh_wire::frame::ALPN;
 use mesh_wire::id::NodeId;
@@ -101,7 +102,16 @@ impl Pinned {
             Standing::Revoked => CertificateError::Revoked,
             Standing::Stranger => CertificateError::ApplicationVerificationFailure,
         };
-        tracing::warn!(key = key.to_hex(), ?standing, "a peer was turned away for its key");
+        // Anybody can make a router write this; a node asks for its router itself, and not often.
+        let writes = match &self.expected {
+            Expected::Members(members, _) => members.refusals.admits(Instant::now()),
+            Expected::Router(_) | Expected::Anyone => true,
+        };
+        if writes {
+            tracing::warn!(key = key.to_hex(), ?standing, "a peer was turned away for its key");
+        } else {
+            tracing::debug!(key = key.to_hex(), ?standing, "a peer was turned away for its key");
+        }
         Err(Error::InvalidCertificate(reason))
     }
 

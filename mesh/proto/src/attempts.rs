@@ -6,8 +6,9 @@
 //! as lost.
 //!
 //! * A call that ends without an answer (refused, rejected, gone, given up) is retried at once: each of its units goes
-//!   to the least loaded of its holders that was not tried yet. Where none is left the router computes it, or, where it
-//!   may not, it is lost.
+//!   to the least loaded of its holders that was not tried yet. Where none is left the router computes it. Where it may
+//!   not, holders are tried again (`ASKS_MAX`): a request shall not end because one answer of a node that is here was
+//!   late. Where none can be asked any more the unit is lost.
 //! * A call that is late is hedged: all of its units are sent to other holders as well, once, if each unit has one and
 //!   the budget allows (`HedgeBudget`). From then on two sides race, the call and its rivals. The call's answer ends
 //!   the race; so do the rivals' answers once all are there; until then theirs are kept back. If the call fails, the
@@ -30,6 +31,11 @@ pub const CALLS_PER_HEDGE: u32 = 20;
 /// Hedges that may be sent without calls before them. A node that dies has a handful of calls out (a prompt in four
 /// parts, each answered by two other holders), and all of them should be hedged at once.
 pub const HEDGE_BURST: u32 = 16;
+
+/// How often a unit is sent to somebody where the router may not compute it, hedges included: twice to each of two
+/// holders. Two misses in a row make a node suspect (`health::MISSES_MAX`), so that a node that is silent ends this
+/// sooner.
+pub const ASKS_MAX: u8 = 4;
 
 /// A piece of work, in the order of `Attempts::unit`.
 pub type Unit = u32;
@@ -153,6 +159,8 @@ struct UnitState {
     holders: Holders,
     /// Bit `i`: `holders[i]` was asked.
     tried: u8,
+    /// How often somebody was asked.
+    asks: u8,
     size: u32,
     /// It was sent to somebody else while its call was out.
     hedged: bool,
@@ -219,7 +227,7 @@ impl Attempts {
 
     /// A piece of work that any of `holders` can do (`ROUTER`: the router has it in memory), and its size.
     pub fn unit(&mut self, holders: Holders, size: u32) -> Unit {
-        self.units.push(UnitState { holders, tried: 0, size, hedged: false, done: false });
+        self.units.push(UnitState { holders, tried: 0, asks: 0, size, hedged: false, done: false });
         self.left += 1;
         (self.units.len() - 1) as Unit
     }
@@ -371,6 +379,7 @@ impl Attempts {
             let unit = &mut self.units[*unit as usize];
             let slot = unit.holders.as_slice().iter().position(|holder| *holder == node);
             unit.tried |= slot.map_or(0, |slot| 1 << slot);
+            unit.asks = unit.asks.saturating_add(1);
         }
         self.calls.push(CallState {
             node,
@@ -458,13 +467,27 @@ impl Attempts {
         known.filter(|(standing, _)| *standing != Standing::Out).min()
     }
 
+    /// As `best`, of the holders that were tried already, where nobody else may compute the unit.
+    fn once_more(
+        &mut self,
+        unit: Unit,
+        standing: &dyn Fn(NodeIndex) -> Standing,
+    ) -> Option<(Standing, NodeIndex)> {
+        let state = &mut self.units[unit as usize];
+        if self.fallback || state.asks >= ASKS_MAX {
+            return None;
+        }
+        state.tried = 0;
+        self.best(unit, standing)
+    }
+
     /// Finds somebody for the units of a failed call.
     fn place(&mut self, units: Units, standing: &dyn Fn(NodeIndex) -> Standing) {
         self.chosen.clear();
         let nobody = self.lists.len();
         for index in units.from..units.to {
             let unit = self.lists[index as usize];
-            match self.best(unit, standing) {
+            match self.best(unit, standing).or_else(|| self.once_more(unit, standing)) {
                 Some((_, node)) => self.chosen.push((node, unit)),
                 None => self.lists.push(unit),
             }

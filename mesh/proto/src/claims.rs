@@ -21,7 +21,7 @@ pub enum Claims {
     Sound,
     /// It did not say how fast it is.
     Unmeasured(String),
-    /// No machine has them.
+    /// No machine has them: what the node says of its speed is not believed, either.
     Cut(String),
 }
 

@@ -254,7 +254,7 @@ impl Link {
     }
 
     fn capacity(&self, node: NodeIndex) -> Capacity {
-        let machine = Machine { weight_mb_s: self.hello.weight_mb_s, link: self.measured };
+        let machine = Machine { weight_mb_s: self.speed.weight_mb_s, link: self.measured };
         Capacity { node, memory_bytes: self.hello.memory_bytes, machine }
     }
 }
@@ -355,14 +355,10 @@ impl Cluster {
                         let reason = "the operator revoked this node's key".to_owned();
                         actions.push(Action::Disconnect(node, reason));
                     }
+                    self.replace(node);
                 }
             }
-            Event::Pardon(node) => {
-                if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
-                    entry.malformed = 0;
-                    entry.note.clear();
-                }
-            }
+            Event::Pardon(node) => self.pardon(node),
             Event::Joined(node, hello) => {
                 // A connection that is replaced was lost, though nobody noticed.
                 self.lost(now, node, &mut actions);
@@ -551,11 +547,14 @@ impl Cluster {
             return;
         }
         let (hello, claims) = bounded(hello);
+        // Who claims what cannot be is not believed in anything: its speed is unknown.
+        let weight_mb_s =
+            if matches!(claims, Claims::Cut(_)) { Default::default() } else { hello.weight_mb_s };
         self.outgrow(hello.held_epoch, actions);
         let memory_bytes = hello.memory_bytes;
         let mut link = Link {
             speed: Speed {
-                weight_mb_s: hello.weight_mb_s,
+                weight_mb_s,
                 expert_bytes: self.facts.expert_bytes,
                 per_layer: 0,
                 round_trip: Duration::ZERO,
@@ -586,7 +585,7 @@ impl Cluster {
                 actions.push(place(&self.facts, stage, node));
             }
             (None, _) => {}
-            (Some(_), _) => self.plan_wanted = true,
+            (Some(_), _) => self.plan_wanted |= !self.nodes[usize::from(node)].is_quarantined(),
         }
         self.nodes[usize::from(node)].link = Some(link);
         match claims {
@@ -636,7 +635,24 @@ impl Cluster {
                 "sent what no correct node sends, {MALFORMED_MAX} times; it is left out until `moemesh nodes pardon`"
             );
             self.report(node, note, actions);
+            self.replace(node);
         }
+    }
+
+    /// A node will not serve any more; the others shall hold what it was to hold.
+    fn replace(&mut self, node: NodeIndex) {
+        let newest = self.next.as_ref().or(self.current.as_ref());
+        self.plan_wanted |= newest.is_some_and(|stage| stage.plan.load(node).experts > 0);
+    }
+
+    /// The operator lets a node back in. It is planned for, if the plan was made without it.
+    fn pardon(&mut self, node: NodeIndex) {
+        let newest = self.next.as_ref().or(self.current.as_ref());
+        let without = newest.is_some_and(|stage| stage.plan.capacity(node).is_none());
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        self.plan_wanted |= entry.is_quarantined() && entry.link.is_some() && without;
+        entry.malformed = 0;
+        entry.note.clear();
     }
 
     fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {

@@ -47,6 +47,16 @@ impl Machine {
         before.map_or(0, |(most, ns)| scaled(ns, u64::from(rows), u64::from(most)))
     }
 
+    /// The same machine, as fast with one row as this many MB/s, and with more in proportion.
+    pub fn at(&self, mb_s: u32) -> Machine {
+        let measured = self.weight_mb_s[0];
+        let count = |figure: &u32| match measured {
+            0 => mb_s,
+            _ => u32::try_from(scaled((*figure).into(), mb_s.into(), measured.into())).unwrap_or(u32::MAX),
+        };
+        Machine { weight_mb_s: std::array::from_fn(|slot| count(&self.weight_mb_s[slot])), ..*self }
+    }
+
     /// Nanoseconds of a small message there and back.
     pub fn round_trip_ns(&self) -> u64 {
         let us = self.link.round_trip_us;

@@ -7,6 +7,9 @@
 //! experts on all nodes are preferred: what is to replace them must be better by more than the prediction is wrong.
 //! A node that is left out of the best outline makes decoding slower; it only holds copies.
 //!
+//! What is predicted of a plan is by the figures as they were measured; what is decided is by figures within bounds, so
+//! that a node that lies or was disturbed neither gets nor loses everything (`counted`).
+//!
 //! Start-up measurements are noisy, and a plan by noise would move experts at every restart. So nodes that are about
 //! equally fast count as equal, and figures that are about those of the previous plan count as those: then the plan
 //! stays what it is. The price: the best of these outlines is not the best plan there could be. What fits nowhere
@@ -39,12 +42,19 @@ const ROUND_TRIP_NOISE_LIGHT_NS: u64 = 2_000_000;
 /// Better by less than this, in hundredths, is not better: predictions are not as exact as that.
 const BETTER: u64 = 3;
 
-/// Nodes of such models are left out for no less than this, in hundredths.
-const BETTER_LIGHT: u64 = 10;
+/// Nodes that have work are left out for no less than this, in hundredths: a machine that was measured in a bad moment
+/// would idle until the next plan.
+const BETTER_FEWER: u64 = 10;
 
-/// With such models a node counts as at most this many times slower than the fastest: a start-up measurement that was
-/// disturbed can be off by a factor of hundreds.
-const SLOWEST_LIGHT: u128 = 8;
+/// What is decided counts no machine as more than this many times faster than the one in the middle, nor as more than
+/// this many times slower than the fastest. Figures are a node's own and of a moment: one that lies must not get
+/// everything, and one that was disturbed must not get nothing. Machines without accelerators that serve one model are
+/// closer together than this (memory of 10 and of 80 GB/s).
+const APART_MAX: u32 = 8;
+
+/// Where figures are further apart than this, one of them cannot be: being slower is then no reason to leave a node
+/// out. A disturbed measurement can be off by a factor of hundreds; a machine that is as slow would not be brought.
+const PLAUSIBLE_MAX: u64 = 64;
 
 /// What is given for a full set of copies where they are left to the planner, in hundredths of a token's time: a
 /// lost node then costs a retry and not the router's help for as long as it is away.
@@ -335,6 +345,13 @@ struct Outline {
     cuts: u16,
 }
 
+impl Outline {
+    /// Nodes that get something.
+    fn used(&self) -> usize {
+        self.weights.iter().filter(|weight| **weight > 0).count()
+    }
+}
+
 /// How good an outline is.
 #[derive(Clone, Copy, Debug)]
 struct Score {
@@ -367,6 +384,8 @@ struct Search<'a> {
     wishes: Wishes,
     /// Nanoseconds of a call without experts and of one expert, by node, those about equal made equal.
     costs: Vec<(u64, u64)>,
+    /// By node: whether it is much too slow to be true.
+    implausible: Vec<bool>,
     /// Whether a layer's experts take the best node less time than a call.
     light: bool,
     /// Nodes, best first.
@@ -382,16 +401,10 @@ impl<'a> Search<'a> {
         let facts = ModelFacts { moe_layers: whole.moe_layers[..sample].to_vec(), ..whole.clone() };
         let shrunk = |node: &Capacity| Capacity { memory_bytes: less(node.memory_bytes), ..*node };
         let nodes: Vec<Capacity> = nodes.iter().map(shrunk).collect();
-        let slowest = nodes.iter().map(|node| node.machine.weight_mb_s[0]).filter(|mb_s| *mb_s > 0).min();
-        let assumed = slowest.unwrap_or(UNMEASURED_MB_S);
-        let mb_s = |node: &Capacity| match node.machine.weight_mb_s[0] {
-            // Nobody knows how fast it is: no faster than the others.
-            0 => assumed,
-            mb_s => mb_s,
-        };
+        let (speeds, implausible): (Vec<u32>, Vec<bool>) =
+            counted(&nodes, &wishes.router).into_iter().unzip();
         let calls: Vec<_> = nodes.iter().map(|node| node.machine.round_trip_ns()).collect();
-        let experts: Vec<_> =
-            nodes.iter().map(|node| bytes_ns(whole.expert_bytes, mb_s(node)).max(1)).collect();
+        let experts: Vec<_> = speeds.iter().map(|mb_s| bytes_ns(whole.expert_bytes, *mb_s).max(1)).collect();
         let least = |costs: &[u64]| costs.iter().copied().min().unwrap_or(0);
         let light = least(&experts).saturating_mul(whole.top_k.into()) < least(&calls);
         let noise = if light { ROUND_TRIP_NOISE_LIGHT_NS } else { ROUND_TRIP_NOISE_NS };
@@ -399,18 +412,18 @@ impl<'a> Search<'a> {
         let noise_experts = if light { noise / u64::from(whole.top_k.max(1)) } else { 0 };
         let (calls, experts) = (levelled(&calls, noise), levelled(&experts, noise_experts));
         // What is compared is free of noise, too.
-        let level = |(node, (call, expert)): (&Capacity, (&u64, &u64))| {
-            let mut machine = node.machine;
+        let level = |((node, speed), (call, expert)): ((&Capacity, &u32), (&u64, &u64))| {
+            let mut machine = node.machine.at(*speed);
             machine.link.round_trip_us = u32::try_from(call / 1000).unwrap_or(u32::MAX).max(1);
             let mb_s = whole.expert_bytes.saturating_mul(1000) / expert;
             machine.weight_mb_s[0] = u32::try_from(mb_s).unwrap_or(u32::MAX).max(1);
             (node.node, machine)
         };
-        let machines = nodes.iter().zip(calls.iter().zip(&experts)).map(level).collect();
+        let machines = nodes.iter().zip(&speeds).zip(calls.iter().zip(&experts)).map(level).collect();
         let costs: Vec<_> = calls.into_iter().zip(experts).collect();
         let mut order: Vec<usize> = (0..nodes.len()).collect();
         order.sort_by_key(|node| (costs[*node].0.saturating_add(costs[*node].1), *node));
-        Search { facts, nodes, machines, wishes, costs, light, order, whole }
+        Search { facts, nodes, machines, wishes, costs, implausible, light, order, whole }
     }
 
     fn best(&self, cuts_before: Option<u16>) -> Outline {
@@ -431,10 +444,8 @@ impl<'a> Search<'a> {
         for first in prefixes(all) {
             for cuts in cuts.iter().filter(|cuts| usize::from(**cuts) <= first.max(1)) {
                 let outline = self.outline(first, *cuts);
-                let fewer = outline.weights.iter().filter(|weight| **weight > 0).count() < all;
-                let margin = if self.light && fewer { BETTER_LIGHT } else { BETTER };
-                if !(fewer && self.splits_equals(first)) {
-                    self.improve(&mut best, outline, (COARSE_DRAWS, margin));
+                if !(outline.used() < all && self.splits_equals(first)) {
+                    self.improve(&mut best, outline, COARSE_DRAWS);
                 }
             }
         }
@@ -447,30 +458,30 @@ impl<'a> Search<'a> {
             // Shares do not matter, and fewer calls would always look better.
             return outline;
         }
-        let used = outline.weights.iter().filter(|weight| **weight > 0).count();
+        let used = outline.used();
         let mut best = self.scored(outline, FINE_DRAWS);
         for first in [used + 1, used.saturating_sub(1)] {
             if (1..=self.nodes.len()).contains(&first) {
                 let outline = self.outline(first, best.0.cuts);
-                self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
+                self.improve(&mut best, outline, FINE_DRAWS);
             }
         }
-        let used = best.0.weights.iter().filter(|weight| **weight > 0).count();
+        let used = best.0.used();
         for slack in SLACKS {
             let outline = Outline { weights: self.weights(used, slack), cuts: best.0.cuts };
-            self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
+            self.improve(&mut best, outline, FINE_DRAWS);
         }
         let plain = best.0.clone();
         for bend in [Bend::Root, Bend::Square, Bend::Cube] {
             let weights = plain.weights.iter().map(|weight| bend.apply(*weight)).collect();
-            self.improve(&mut best, Outline { weights, ..plain }, (FINE_DRAWS, BETTER));
+            self.improve(&mut best, Outline { weights, ..plain }, FINE_DRAWS);
         }
         if self.nodes.len() <= TUNED_MAX {
             for node in 0..self.nodes.len() {
                 for (times, of) in [(5, 4), (4, 5)] {
                     let mut outline = best.0.clone();
                     outline.weights[node] = outline.weights[node].saturating_mul(times) / of;
-                    self.improve(&mut best, outline, (FINE_DRAWS, BETTER));
+                    self.improve(&mut best, outline, FINE_DRAWS);
                 }
             }
         }
@@ -494,10 +505,22 @@ impl<'a> Search<'a> {
         self.light && next <= last.saturating_add(ROUND_TRIP_NOISE_LIGHT_NS)
     }
 
-    fn improve(&self, best: &mut (Outline, Option<Score>), outline: Outline, (draws, margin): (u32, u64)) {
-        if outline == best.0 {
+    /// Whether a node would get next to nothing only because of a figure that cannot be.
+    fn leaves_out_unheard(&self, outline: &Outline) -> bool {
+        let near =
+            self.costs.iter().map(|(call, _)| *call).min().unwrap_or(0).saturating_mul(APART_MAX.into());
+        let most = outline.weights.iter().copied().max().unwrap_or(0);
+        let nodes = outline.weights.iter().zip(&self.costs).zip(&self.implausible);
+        nodes.into_iter().any(|((weight, (call, _)), implausible)| {
+            *implausible && *call <= near && weight.saturating_mul(2 * u64::from(APART_MAX)) < most
+        })
+    }
+
+    fn improve(&self, best: &mut (Outline, Option<Score>), outline: Outline, draws: u32) {
+        if outline == best.0 || self.leaves_out_unheard(&outline) {
             return;
         }
+        let margin = if outline.used() < best.0.used() { BETTER_FEWER } else { BETTER };
         let scored = self.scored(outline, draws);
         let better = match (&scored.1, &best.1) {
             (Some(score), Some(before)) => score.beats(before, margin),
@@ -560,7 +583,7 @@ impl<'a> Search<'a> {
             if open.len() == before {
                 let worth = |node: usize| (time - u128::from(self.costs[node].0)) * rate(node);
                 let most = open.iter().map(|node| worth(*node)).max().unwrap_or(1).max(1);
-                let least = if self.light { WEIGHT_MAX / SLOWEST_LIGHT } else { 0 };
+                let least = if self.light { WEIGHT_MAX / u128::from(APART_MAX) } else { 0 };
                 for node in open {
                     // A millionth of the best is nothing.
                     weights[node] = (worth(node) * WEIGHT_MAX / most).max(least) as u64;
@@ -569,6 +592,28 @@ impl<'a> Search<'a> {
             }
         }
     }
+}
+
+/// The speed that each node counts with, in MB/s, and whether its figure cannot be (`APART_MAX`, `PLAUSIBLE_MAX`). One
+/// that has none counts as the machine in the middle; the router is one of them, where it was measured.
+fn counted(nodes: &[Capacity], router: &Machine) -> Vec<(u32, bool)> {
+    let figure = |machine: &Machine| Some(machine.weight_mb_s[0]).filter(|mb_s| *mb_s > 0);
+    let measured = || nodes.iter().filter_map(|node| figure(&node.machine));
+    let mut known: Vec<u32> = measured().chain(figure(router)).collect();
+    known.sort_unstable();
+    // Of two the slower one: it is easier to measure too little than to lie well.
+    let middle = known.get(known.len().saturating_sub(1) / 2).copied().unwrap_or(UNMEASURED_MB_S);
+    let most = middle.saturating_mul(APART_MAX);
+    let claimed = measured().max().unwrap_or(middle);
+    let fastest = claimed.min(most);
+    let count = |node: &Capacity| match figure(&node.machine) {
+        None => (middle, false),
+        Some(mb_s) => {
+            let implausible = u64::from(mb_s) * PLAUSIBLE_MAX < u64::from(claimed);
+            (mb_s.clamp((fastest / APART_MAX).max(1), most), implausible)
+        }
+    };
+    nodes.iter().map(count).collect()
 }
 
 /// Weights of outlines lie between 0 and this, so that their cubes fit.

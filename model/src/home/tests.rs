@@ -89,6 +89,24 @@ fn slices_are_kept_within_their_bytes_and_cut_anew_beyond() {
 }
 
 #[test]
+fn experts_that_are_held_are_not_checked_again_when_more_come() {
+    for format in Format::ALL {
+        let model = model(format);
+        let rows = rows(&model, 1.0);
+        let mut home = home(&model, Residency::Mapped);
+        sums(&mut home, &rows, &[(0, 8)]);
+        let held: Vec<_> = home.layers[0].whole.packed.values().map(|expert| expert.bytes.clone()).collect();
+        assert_eq!(held.len(), 3);
+        // Another look would find nothing good.
+        assert!(held.iter().all(|bytes| bytes.passes_once(format as u8, |_| false)), "{format}");
+        assert!(
+            !model.expert(0, 2).unwrap().bytes.passes_once(format as u8, |_| false),
+            "nobody looked at it"
+        );
+    }
+}
+
+#[test]
 fn blocks_and_experts_that_are_not_there_are_errors() {
     let model = model(Format::Q8);
     let rows = rows(&model, 1.0);

@@ -97,6 +97,13 @@ impl ApiError {
         ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", Some("invalid_api_key"), message)
     }
 
+    /// The router does not serve yet.
+    pub fn starting(reason: &str) -> ApiError {
+        let message = format!("{reason}; try again");
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        ApiError::new(status, "unavailable_error", Some("starting"), message).again_in(2)
+    }
+
     /// Something broke on our side.
     pub fn internal(message: impl Into<String>) -> ApiError {
         let status = StatusCode::INTERNAL_SERVER_ERROR;

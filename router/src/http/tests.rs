@@ -30,6 +30,19 @@ enum Plan {
     Fail(usize, GenerateError),
 }
 
+/// A start that waits for its second node.
+struct Late;
+
+impl Starting for Late {
+    fn waits_for(&self) -> Waiting {
+        Waiting { reason: "the router is waiting for nodes (1 of 2)".to_owned(), here: 1, wanted: 2 }
+    }
+
+    fn nodes(&self) -> Value {
+        json!({"nodes": [{"name": "early"}]})
+    }
+}
+
 /// Why they cannot compute everything.
 #[derive(Default)]
 struct Nodes(Option<GenerateError>);
@@ -99,7 +112,9 @@ impl Server {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
-        let task = runtime.spawn(serve(listener, Arc::new(service), async {
+        let door = Door::new(service.keys.clone(), Arc::new(Late));
+        door.open(Arc::new(service));
+        let task = runtime.spawn(serve(listener, Arc::new(door), async {
             stopped.await.ok();
         }));
         Server {
@@ -644,7 +659,10 @@ fn a_client_that_goes_away_cancels_its_work() {
     server.request();
     drop(stream);
     server.await_cancellation();
-    let metrics = server.metrics.render().unwrap();
+    // It is counted when its connection ends, and the server ends after all of them.
+    let metrics = server.metrics.clone();
+    drop(server);
+    let metrics = metrics.render().unwrap();
     let gone = "moemesh_http_requests_total{route=\"/v1/completions\",status=\"499\"} 1";
     assert!(metrics.contains(gone), "{metrics}");
 }

@@ -270,6 +270,48 @@ fn a_place_that_was_given_up_is_tried_again() {
     }
 }
 
+/// What happens to the second of two places while layers of eight experts pass, and how often it got something: it
+/// takes `really` microseconds for an expert.
+fn lives(places: &mut [Place; 2], really: f32, layers: u32) -> (Vec<u32>, usize) {
+    let (mut share, mut tries, mut there) = (Share::default(), Vec::new(), 0);
+    for layer in 0..layers {
+        let chosen = divide(&mut share, &[1; 8], places, &everywhere(2));
+        there = chosen.iter().filter(|place| **place == 1).count();
+        if there > 0 {
+            tries.push(layer);
+            let predicted = share.predicted(1, &places[1]);
+            places[1].learned.served(predicted, there as f32 * really);
+        } else {
+            places[1].learned.idle();
+        }
+    }
+    (tries, there)
+}
+
+#[test]
+fn a_table_that_is_a_hundred_times_too_slow_is_found_out() {
+    let mut places = [place(100.0), place(10_000.0)];
+    let (tries, there) = lives(&mut places, 100.0, 1000);
+    assert!(tries[0] < 400 && (3..=5).contains(&there), "{there} of 8, tried at {:?}", tries.first());
+    // What was known is no better than the table: it became fast.
+    let mut places = [place(100.0), place(100.0)];
+    (0..50).for_each(|_| places[1].learned.served(Predicted { us: 100.0, few: true }, 10_000.0));
+    let (_, there) = lives(&mut places, 100.0, 1000);
+    assert!((3..=5).contains(&there), "{there} of 8");
+}
+
+#[test]
+fn a_place_that_is_hopeless_is_tried_ever_more_rarely() {
+    let mut places = [place(100.0), place(10_000.0)];
+    let (tries, _) = lives(&mut places, 10_000.0, 20_000);
+    assert!((3..=9).contains(&tries.len()), "{tries:?}");
+    assert!(tries.windows(3).all(|try_| try_[2] - try_[1] > try_[1] - try_[0]), "{tries:?}");
+    // Prompts are no trials.
+    places[1].learned.hope = HOPE_MAX;
+    let chosen = divide(&mut Share::default(), &[64; 8], &places, &everywhere(2));
+    assert!(!chosen.contains(&1), "{chosen:?}");
+}
+
 #[test]
 fn a_lag_comes_to_rest_where_nobody_waits() {
     // The place is 1.5 times as slow as it says, and the step waits for the difference.

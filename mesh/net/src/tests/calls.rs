@@ -428,19 +428,3 @@ fn the_link_bench_measures_every_way() {
         assert!(way.p50_us > 0.0 && way.p50_us <= way.p99_us, "{bench:?}");
     }
 }
-
-/// For reading by hand: `cargo test --release -p mesh-net link_figures -- --ignored --nocapture`.
-#[test]
-#[ignore = "prints figures; `moemesh bench link` is the real thing"]
-fn link_figures() {
-    for spin in [0, 20, 100] {
-        let bench = crate::bench_link::bench_link(4000, Duration::from_micros(spin)).unwrap();
-        let all = [bench.call, bench.tcp_call, bench.quinn_echo, bench.tcp_echo];
-        let [call, tcp_call, quinn, tcp] = all.map(|way| (way.p50_us, way.p99_us));
-        let (l1, l2) = (call.0 / quinn.0, call.0 / tcp.0);
-        eprintln!(
-            "spin {spin:>3} us: call {call:.1?} TCP call {tcp_call:.1?} quinn {quinn:.1?} TCP {tcp:.1?}"
-        );
-        eprintln!("              L1 {l1:.2} L2 {l2:.2}");
-    }
-}

@@ -134,10 +134,11 @@ fn a_failure_is_retried_at_once_at_the_least_loaded_holder_that_is_well() {
 
 #[test]
 fn the_router_computes_what_nobody_is_left_for_or_it_is_lost() {
+    let standing = |node| if node == 0 { Standing::Out } else { Standing::Good(0) };
     for fallback in [true, false] {
         let (mut attempts, mut hedges) = one_call(&[&[0], &[0, 1]], fallback);
         attempts.failed(0);
-        let after = steps(&mut attempts, MS, &mut hedges);
+        let after = steps_with(&mut attempts, MS, &mut hedges, &standing);
         assert_eq!(sent(&attempts, &after), [(1, vec![1], false)]);
         match (fallback, after[0]) {
             (true, Step::Compute { units, mapped: true }) | (false, Step::Lost(units)) => {
@@ -148,6 +149,37 @@ fn the_router_computes_what_nobody_is_left_for_or_it_is_lost() {
         assert!(attempts.answered(1));
         assert_eq!(steps(&mut attempts, MS, &mut hedges), [Step::Add(1), Step::Done]);
     }
+}
+
+#[test]
+fn without_the_router_holders_are_asked_again_while_they_can_be_but_not_for_ever() {
+    let to = |attempts: &Attempts, steps: &[Step]| {
+        sent(attempts, steps).into_iter().map(|(node, units, _)| (node, units)).collect::<Vec<_>>()
+    };
+    // One late answer of the only holder does not end the request.
+    let (mut attempts, mut hedges) = one_call(&[&[0]], false);
+    steps(&mut attempts, BUDGET.hedge, &mut hedges);
+    let after = steps(&mut attempts, BUDGET.total, &mut hedges);
+    assert_eq!(to(&attempts, &after), [(0, vec![0])]);
+    assert!(!attempts.answered(0), "its first answer came too late");
+    assert!(attempts.answered(1));
+    assert_eq!(steps(&mut attempts, BUDGET.total, &mut hedges), [Step::Add(1), Step::Done]);
+    // Nodes that refuse at once are asked in turns, so often and no more.
+    let (mut attempts, mut hedges) = one_call(&[&[0, 1]], false);
+    let mut asked = vec![0];
+    for call in 0..Call::from(ASKS_MAX) - 1 {
+        attempts.failed(call);
+        let after = steps(&mut attempts, MS, &mut hedges);
+        asked.extend(to(&attempts, &after).iter().map(|(node, _)| *node));
+    }
+    assert_eq!(asked, [0, 1, 0, 1]);
+    attempts.failed(Call::from(ASKS_MAX) - 1);
+    assert!(matches!(steps(&mut attempts, MS, &mut hedges)[..], [Step::Lost(_), Step::Done]));
+    // Where the router may compute, it does, once everybody was asked once.
+    let (mut attempts, mut hedges) = one_call(&[&[0]], true);
+    attempts.failed(0);
+    let after = steps(&mut attempts, MS, &mut hedges);
+    assert_eq!(computed(&attempts, &after), [(vec![0], true)]);
 }
 
 #[test]

@@ -284,20 +284,22 @@ fn a_node_that_sends_nonsense_is_left_out_until_it_is_pardoned() {
         assert_eq!(cluster.handle(SECOND, Event::Malformed(1)), []);
     }
     let actions = cluster.handle(SECOND, Event::Malformed(1));
-    assert!(matches!(&actions[..], [Action::Report(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert!(matches!(&actions[..], [Action::Report(1, _), .., Action::RoutesChanged]), "{actions:?}");
+    assert_eq!(places(&actions), [(0, 2, 12), (2, 2, 12)], "the others are to take over");
     assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
-    // Coming back changes nothing, and a plan leaves it out.
-    cluster.handle(SECOND, Event::Lost(1));
-    cluster.handle(SECOND, Event::Joined(1, hello(100)));
-    cluster.handle(SECOND, Event::Placed(1, ack(1)));
-    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
-    let nodes: Vec<_> =
-        places(&cluster.handle(SECOND, Event::Plan)).into_iter().map(|(node, ..)| node).collect();
-    assert_eq!(nodes, [0, 2]);
-    for node in nodes {
-        cluster.handle(SECOND, Event::Placed(node, ack(2)));
+    // Coming back changes nothing, neither before the others hold its part nor after.
+    for epoch in [1, 2] {
+        cluster.handle(SECOND, Event::Lost(1));
+        assert_eq!(places(&cluster.handle(SECOND, Event::Joined(1, hello(100)))), []);
+        cluster.handle(SECOND, Event::Placed(1, ack(epoch)));
+        assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
+        for node in [0, 2] {
+            cluster.handle(SECOND, Event::Placed(node, ack(2)));
+        }
+        assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 2)), (2, 12, 12));
     }
-    cluster.handle(SECOND, Event::Pardon(1));
+    let actions = cluster.handle(SECOND, Event::Pardon(1));
+    assert_eq!(places(&actions), [(0, 3, 8), (1, 3, 8), (2, 3, 8)], "the plan was made without it");
     assert_ne!(state(&cluster, 1), NodeState::Quarantined);
 }
 
@@ -316,10 +318,18 @@ fn a_node_that_leaves_gets_no_more_calls() {
 fn a_revoked_node_is_cut_and_stays_out() {
     let mut cluster = serving();
     let actions = cluster.handle(SECOND, Event::Revoked(1));
-    assert!(matches!(&actions[..], [Action::Disconnect(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert!(matches!(&actions[..], [Action::Disconnect(1, _), .., Action::RoutesChanged]), "{actions:?}");
+    assert_eq!(places(&actions), [(0, 2, 12), (2, 2, 12)], "the others are to take over");
     assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Revoked, 0));
     let actions = cluster.handle(SECOND, Event::Joined(1, hello(100)));
     assert!(matches!(&actions[..], [Action::Disconnect(1, _)]), "{actions:?}");
+    // One that is away leaves what it should hold as well; one that holds nothing leaves nothing.
+    let mut cluster = serving();
+    cluster.handle(SECOND, Event::Lost(1));
+    assert_eq!(places(&cluster.handle(SECOND, Event::Revoked(1))), [(0, 2, 12), (2, 2, 12)]);
+    let mut cluster = serving();
+    cluster.admit(Member { id: NodeId([9; 32]), name: "late".into() });
+    assert_eq!(cluster.handle(SECOND, Event::Revoked(3)), []);
 }
 
 #[test]
@@ -390,15 +400,17 @@ fn a_measured_link_counts_before_there_is_history() {
 }
 
 #[test]
-fn a_node_that_claims_what_no_machine_has_is_counted_as_a_large_one_and_that_is_said() {
-    let mut cluster = cluster(2);
+fn a_node_that_claims_what_no_machine_has_is_counted_as_an_ordinary_one_and_that_is_said() {
+    let large = ModelFacts { expert_bytes: 10_000_000, top_k: 8, ..facts() };
+    let mut cluster = Cluster::new(members(2), large);
     let greedy = Hello { memory_bytes: u64::MAX, weight_mb_s: [u32::MAX; 5], ..hello(0) };
-    let honest = Hello { weight_mb_s: [20_000; 5], ..hello(100) };
+    let honest = Hello { memory_bytes: 1 << 40, weight_mb_s: [20_000; 5], ..hello(0) };
     let actions = cluster.handle(SECOND, Event::Joined(0, greedy));
     assert!(matches!(&actions[..], [Action::Report(0, note)] if note.contains("claims")), "{actions:?}");
     let placed = places(&cluster.handle(SECOND, Event::Joined(1, honest)));
-    // Both get a share of the work, as if the first were as fast as machines can be.
-    assert!(placed.len() == 2 && placed.iter().all(|(_, _, experts)| *experts > 0), "{placed:?}");
+    // Who is not believed counts like the others, and answers are waited for as if nothing were known.
+    assert_eq!(placed, [(0, 1, 12), (1, 1, 12)]);
+    assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_BEFORE_HISTORY);
     let status = cluster.status(0).unwrap();
     let counted = status.hello.unwrap();
     assert_eq!(counted.memory_bytes, crate::claims::MEMORY_BYTES_MAX);
@@ -484,7 +496,7 @@ fn a_node_that_makes_it_slower_is_told_so() {
     let mut cluster = Cluster::with_policy(members(2), large, policy);
     let with = |mb_s| Hello { memory_bytes: 1 << 40, weight_mb_s: [mb_s; 5], ..hello(0) };
     cluster.handle(SECOND, Event::Joined(0, with(20_000)));
-    let actions = cluster.handle(SECOND, Event::Joined(1, with(100)));
+    let actions = cluster.handle(SECOND, Event::Joined(1, with(500)));
     assert!(
         actions.iter().any(|action| matches!(action, Action::Report(1, note) if note.contains("slower"))),
         "{actions:?}"

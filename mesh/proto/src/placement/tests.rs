@@ -282,10 +282,12 @@ fn speeds_count_beyond_the_noise_of_measuring_them() {
 
 #[test]
 fn a_node_that_makes_it_slower_gets_no_work_but_copies() {
-    let facts = qwen();
+    let facts = ModelFacts { expert_bytes: 4 * 2_654_208, block_bytes: 4 * 442_368, ..qwen() };
+    let router = Machine { weight_mb_s: [200_000; 5], ..Machine::default() };
+    let wishes = |copies, slices| Wishes { router, ..wishes(copies, slices) };
     let mut nodes = with_room(&[20_000, 20_000, 20_000]);
-    nodes[1].machine.weight_mb_s = [150; 5];
-    let one = plan(&facts, &nodes, &wishes(1, true), None);
+    nodes[1].machine.weight_mb_s = [400; 5];
+    let one = plan(&facts, &nodes, &wishes(1, false), None);
     assert_eq!(one.left_out(&facts).collect::<Vec<_>>(), [1]);
     assert_eq!(one.load(1), Load::default());
     let two = plan(&facts, &nodes[..2], &wishes(2, false), None);
@@ -296,12 +298,46 @@ fn a_node_that_makes_it_slower_gets_no_work_but_copies() {
     // Without room elsewhere it has to take what is left.
     nodes[0].memory_bytes = 2000 * facts.expert_bytes;
     nodes[2].memory_bytes = 2000 * facts.expert_bytes;
-    let full = plan(&facts, &nodes, &wishes(1, true), None);
+    let full = plan(&facts, &nodes, &wishes(1, false), None);
     assert_eq!((full.unplaced(), full.load(1).primaries), (0, 48 * 128 - 4000));
     // A link that takes longer than everybody else needs for the layer is as bad.
     let mut far = with_room(&[20_000, 20_000]);
     far[1].machine.link.round_trip_us = 30_000;
     assert_eq!(plain(&facts, &far, None).left_out(&facts).collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn no_figure_gets_a_node_everything_or_nothing() {
+    let facts = qwen();
+    let with = |speeds: &[u32]| {
+        let plan = plain(&facts, &with_room(speeds), None);
+        let per_layer: Vec<usize> =
+            (0..).take(speeds.len()).map(|node| plan.load(node).experts / 48).collect();
+        (plan, per_layer)
+    };
+    // Measured in a bad moment: it counts as a slow machine.
+    for speeds in [[20_000, 162, 20_000], [20_000, 1, 20_000]] {
+        let (disturbed, shares) = with(&speeds);
+        assert!(shares[1] >= 4 && shares[0] > 3 * shares[1], "{shares:?}");
+        assert_eq!(disturbed.left_out(&facts).count(), 0);
+        // What is predicted is by what was measured.
+        assert_eq!(disturbed.capacities[1].machine.weight_mb_s, [speeds[1]; 5]);
+        assert!(disturbed.predicted.token_ns > 2 * with(&[20_000; 3]).0.predicted.token_ns);
+    }
+    let (_, shares) = with(&[20_000, 162]);
+    assert!(shares[1] >= 8, "{shares:?}");
+    // An exaggeration that machines could have: no more than a fast one.
+    let (exaggerated, shares) = with(&[9_000_000, 20_000, 20_000]);
+    assert!(exaggerated.left_out(&facts).count() == 0 && shares[1] + shares[2] >= 8, "{shares:?}");
+    let figures = |speeds: &[u32], router| {
+        counted(&with_room(speeds), &Machine { weight_mb_s: [router; 5], ..Machine::default() })
+    };
+    assert_eq!(figures(&[800, 100, 0], 0), [(800, false), (100, false), (100, false)]);
+    assert_eq!(figures(&[90_000, 1000], 2000), [(16_000, false), (2000, true)]);
+    assert_eq!(
+        figures(&[64_000, 64_000, 999, 1000], 64_000)[1..],
+        [(64_000, false), (8000, true), (8000, false)]
+    );
 }
 
 #[test]

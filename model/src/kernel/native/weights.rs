@@ -139,20 +139,20 @@ impl ExpertWeights {
     }
 }
 
-fn check(what: &str, format: Format, bytes: &[u8], expected: usize) -> Result<(), KernelError> {
+fn check(what: &str, format: Format, bytes: &Bytes, expected: usize) -> Result<(), KernelError> {
     if bytes.len() != expected {
         return Err(KernelError::Weights(format!(
             "{what} has {} bytes where {expected} belong: pack the model again",
             bytes.len()
         )));
     }
-    let finite = match format {
+    let finite = |bytes: &[u8]| match format {
         Format::Bf16 => finite_floats::<0x7f80>(bytes),
         Format::Q8 | Format::Q4 => bytes
             .chunks_exact(format.group_bytes())
             .all(|group| finite_floats::<0x7c00>(&group[group.len() - 2 * BLOCK_OUTPUTS..])),
     };
-    if finite {
+    if bytes.passes_once(format as u8, finite) {
         return Ok(());
     }
     Err(KernelError::Weights(format!(
