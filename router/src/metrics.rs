@@ -82,10 +82,7 @@ pub struct Metrics {
     node_up: IntGaugeVec,
     node_malformed: IntCounterVec,
     node_stale: IntCounterVec,
-    node_quarantined: IntGaugeVec,
-    handshakes_failed: IntCounter,
-    joins_refused: IntCounter,
-    connections_deferred: IntCounter,
+    guard: Guard,
     hedged_calls: IntCounter,
     hedges_won: IntCounter,
     retried_calls: IntCounter,
@@ -129,6 +126,38 @@ impl Registrar {
 
 fn opts(name: &str, help: &str) -> Opts {
     Opts::new(name, help).namespace("moemesh")
+}
+
+/// Who is kept out.
+#[derive(Debug)]
+struct Guard {
+    node_quarantined: IntGaugeVec,
+    handshakes_failed: IntCounter,
+    joins_refused: IntCounter,
+    connections_deferred: IntCounter,
+}
+
+impl Guard {
+    fn new(r: &Registrar) -> Result<Guard, Error> {
+        Ok(Guard {
+            node_quarantined: r.add(IntGaugeVec::new(
+                opts(
+                    "node_quarantined",
+                    "1 if a node gets no work, as it answered what no correct node does.",
+                ),
+                &["node"],
+            ))?,
+            handshakes_failed: r.counter(
+                "handshakes_failed_total",
+                "Peers that did not get in: unknown or revoked keys, other protocols, silence.",
+            )?,
+            joins_refused: r.counter("joins_refused_total", "Machines that came to join and did not.")?,
+            connections_deferred: r.counter(
+                "connections_deferred_total",
+                "First packets put off or turned away, as too many came at once.",
+            )?,
+        })
+    }
 }
 
 impl Metrics {
@@ -182,22 +211,7 @@ impl Metrics {
                 &["node"],
             )?,
             node_stale: r.counters("node_stale_replies_total", "Replies nobody waited for.", &["node"])?,
-            node_quarantined: r.add(IntGaugeVec::new(
-                opts(
-                    "node_quarantined",
-                    "1 if a node gets no work, as it answered what no correct node does.",
-                ),
-                &["node"],
-            ))?,
-            handshakes_failed: r.counter(
-                "handshakes_failed_total",
-                "Peers that did not get in: unknown or revoked keys, other protocols, silence.",
-            )?,
-            joins_refused: r.counter("joins_refused_total", "Machines that came to join and did not.")?,
-            connections_deferred: r.counter(
-                "connections_deferred_total",
-                "First packets put off or turned away, as too many came at once.",
-            )?,
+            guard: Guard::new(&r)?,
             hedged_calls: r.counter("hedged_calls_total", "Calls sent beside others that were late.")?,
             hedges_won: r.counter("hedges_won_total", "Late calls that others answered first.")?,
             retried_calls: r.counter("retried_calls_total", "Calls sent for others that had failed.")?,
@@ -289,15 +303,15 @@ impl Metrics {
 
     /// Whether a node is in quarantine.
     pub fn node_quarantined(&self, node: &str, quarantined: bool) {
-        self.node_quarantined.with_label_values(&[node]).set(i64::from(quarantined));
+        self.guard.node_quarantined.with_label_values(&[node]).set(i64::from(quarantined));
     }
 
     /// Who knocked at the router's door so far and was not let in.
     pub fn strangers(&self, counters: &HubCounters) {
         for (series, now) in [
-            (&self.handshakes_failed, counters.handshakes_failed),
-            (&self.joins_refused, counters.joins_refused),
-            (&self.connections_deferred, counters.deferred),
+            (&self.guard.handshakes_failed, counters.handshakes_failed),
+            (&self.guard.joins_refused, counters.joins_refused),
+            (&self.guard.connections_deferred, counters.deferred),
         ] {
             series.inc_by(now.saturating_sub(series.get()));
         }
