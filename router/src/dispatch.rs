@@ -136,12 +136,26 @@ struct Peers {
     started: Instant,
     /// By node: whether the routes name it.
     serving: Vec<bool>,
+    /// By node: which process it was when the routes last changed, 0 for none yet.
+    instances: Vec<u64>,
     doubts: Doubts,
 }
 
 impl Peers {
     fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// The process behind a node. A new one is not doubted for calls that were out to the last: else a node that came
+    /// back at once could not be asked for what the next one to die owes.
+    fn meet(&mut self, node: NodeIndex, instance: u64) {
+        let index = usize::from(node);
+        if self.instances.len() <= index {
+            self.instances.resize(index + 1, 0);
+        }
+        if std::mem::replace(&mut self.instances[index], instance) != instance {
+            self.doubts.answered(node);
+        }
     }
 
     /// Any node that can be asked is asked before the router: they compute at the same time.
@@ -170,7 +184,12 @@ impl Dispatch {
     /// A dispatcher over `hub`; without one everything is the router's own. `replicated`: the router holds every
     /// expert, and its share of those that nodes hold is chosen layer by layer. Where it holds some, the routes say so.
     pub fn new(hub: Option<Arc<Hub>>, shape: Shape, replicated: bool) -> Dispatch {
-        let peers = Peers { started: Instant::now(), serving: Vec::new(), doubts: Doubts::default() };
+        let peers = Peers {
+            started: Instant::now(),
+            serving: Vec::new(),
+            instances: Vec::new(),
+            doubts: Doubts::default(),
+        };
         let mut dispatch = Dispatch {
             hub,
             shape,
@@ -206,9 +225,8 @@ impl Dispatch {
         self.places[usize::from(ROUTER)] = self.place(weight_mb_s);
     }
 
-    /// Counts calls in `metrics`, by the nodes' names.
+    /// Counts calls in `metrics`, by the nodes' names, which come with the routes.
     pub fn count_in(&mut self, metrics: Arc<Metrics>) {
-        self.names = self.hub.iter().flat_map(|hub| hub.nodes()).map(|node| node.name).collect();
         self.metrics = Some(metrics);
     }
 
@@ -272,6 +290,9 @@ impl Dispatch {
             }
         }
         for (index, node) in nodes.into_iter().enumerate() {
+            if let Some(hello) = &node.cluster.hello {
+                self.peers.meet(index as NodeIndex, hello.instance);
+            }
             let place = node.cluster.hello.map(|hello| self.place(&hello.weight_mb_s));
             match (self.places.get_mut(index + 1), place) {
                 // Learned things stay with a node that came back as it was.
@@ -524,4 +545,26 @@ fn hidden(work: &Workspace) -> usize {
 
 fn row_format(format: Format) -> RowFormat {
     if format.is_quantized() { RowFormat::Int8 } else { RowFormat::F32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restarted_node_is_not_doubted_for_calls_of_the_last_process() {
+        let mut peers = Peers {
+            started: Instant::now(),
+            serving: vec![true, true],
+            instances: Vec::new(),
+            doubts: Doubts::default(),
+        };
+        let now = Duration::from_secs(5);
+        peers.meet(1, 7);
+        peers.doubts.overdue(1, now);
+        peers.meet(1, 7);
+        assert_eq!(peers.standing(None, 1, now), Standing::Doubtful(0), "the same process is still late");
+        peers.meet(1, 8);
+        assert_eq!(peers.standing(None, 1, now), Standing::Good(0));
+    }
 }

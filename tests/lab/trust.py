@@ -192,10 +192,7 @@ def token_reuse(lab: Lab, result: Result) -> None:
     for process in crowd:
         if process.alive:
             process.kill()
-    with lab.load(cluster) as stories:
-        time.sleep(1)
-    result.judge(stories)
-    lab.discard()
+    undisturbed(lab, cluster, result)
     return None
 
 
@@ -244,11 +241,16 @@ def man_in_the_middle(lab: Lab, result: Result) -> None:
         cluster.until("the token still works", lambda: "guest" in members(cluster), JOINS_WITHIN_S)
     result.target_met("guest" in members(cluster), f"the token is spent: {process.tail()[-300:]}")
     process.kill()
+    undisturbed(lab, cluster, result)
+    return None
+
+
+def undisturbed(lab: Lab, cluster: Cluster, result: Result) -> None:
+    """Whatever strangers did, the stories are the same; then the cluster is done with."""
     with lab.load(cluster) as stories:
         time.sleep(1)
     result.judge(stories)
     lab.discard()
-    return None
 
 
 def from_router(lab: Lab, frame: bytes) -> bool:

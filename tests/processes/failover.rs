@@ -48,18 +48,25 @@ fn assert_used_again(cluster: &Cluster, node: usize, expected: &Story) {
     assert!(after > before, "the node was called {before} times before and {after} after");
 }
 
+/// The story, during which a node is killed; it must be the expected one.
+#[track_caller]
+fn told_despite_a_kill(cluster: &mut Cluster, node: usize, expected: &Story) -> Story {
+    let api = cluster.api.clone();
+    let disturbed = api.story(TOKENS, |token| {
+        if token == LOST_AT {
+            cluster.kill_node(node);
+        }
+    });
+    disturbed.assert_equals(expected);
+    disturbed
+}
+
 #[test]
 fn a_killed_node_changes_no_bit_and_serves_again_once_restarted() {
     let mut cluster = Alone::start(&Shape { router: &ALONE, ..Shape::nodes(3) });
     let expected = undisturbed(&cluster);
 
-    let api = cluster.api.clone();
-    let disturbed = api.story(TOKENS, |token| {
-        if token == LOST_AT {
-            cluster.kill_node(1);
-        }
-    });
-    disturbed.assert_equals(&expected);
+    let disturbed = told_despite_a_kill(&mut cluster, 1, &expected);
     assert_fell_back(&cluster, "kill -9", &disturbed);
     cluster.until("the dead node is missed", |state| !serving(state, 1));
 
@@ -143,13 +150,7 @@ fn a_killed_node_with_a_replica_leaves_nothing_to_the_router() {
     let mut cluster = Alone::start(&Shape { router: &["--replicas", "2"], ..Shape::nodes(3) });
     let expected = undisturbed(&cluster);
 
-    let api = cluster.api.clone();
-    let disturbed = api.story(TOKENS, |token| {
-        if token == LOST_AT {
-            cluster.kill_node(1);
-        }
-    });
-    disturbed.assert_equals(&expected);
+    let disturbed = told_despite_a_kill(&mut cluster, 1, &expected);
     let state = cluster.api.nodes();
     let of = |name: &str| number(&state, &format!("/router/{name}"));
     eprintln!(

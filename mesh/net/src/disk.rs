@@ -125,25 +125,34 @@ impl Folder {
     /// # Errors
     /// `Io`; then the old content is still there.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<(), DiskError> {
-        let (path, new) = (self.file(name), self.file(&format!("{name}.new")));
-        let written = || -> std::io::Result<()> {
-            // What an interrupted attempt has left may have another mode.
-            match std::fs::remove_file(&new) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            let mut file = private().create_new(true).open(&new)?;
-            file.write_all(content)?;
-            file.sync_all()?;
-            std::fs::rename(&new, &path)?;
-            File::open(&self.path)?.sync_all()
-        };
-        written().map_err(|source| {
-            // What is left of it is overwritten by the next attempt.
-            drop(std::fs::remove_file(&new));
-            io("write", &path)(source)
-        })
+        let path = self.file(name);
+        replace(&path, content).map_err(io("write", &path))
     }
+}
+
+/// Writes a file, readable by its owner only, whole or not at all: where it fails the old content is still there.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    let written = || -> std::io::Result<()> {
+        // What an interrupted attempt has left may have another mode.
+        match std::fs::remove_file(&new) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = private().create_new(true).open(&new)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)?;
+        path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    };
+    let outcome = written();
+    if outcome.is_err() {
+        // What is left of it is overwritten by the next attempt.
+        drop(std::fs::remove_file(&new));
+    }
+    outcome
 }
 
 /// For writing, by the owner only.

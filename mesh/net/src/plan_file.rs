@@ -5,12 +5,14 @@
 //! crash there is the old plan or the new one. Refuses to be written in another order than plans were made.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use mesh_proto::facts::{Member, ModelFacts};
 use mesh_proto::stored::Stored;
+
+use crate::disk;
 
 /// Longest file that is read: every expert of the largest models cut into eight parts with four holders each is a
 /// quarter of it.
@@ -64,14 +66,7 @@ impl PlanFile {
             return;
         }
         *written = epoch;
-        let beside = self.path.with_extension("new");
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&beside)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &self.path)
-        };
-        if let Err(error) = write() {
+        if let Err(error) = disk::replace(&self.path, text.as_bytes()) {
             let path = self.path.display();
             tracing::warn!(%path, %error, "the plan is not saved; after a restart nodes may have to load anew");
         }
