@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use ::router::engine::{HOLD_MAX, HOLD_SLICE};
 use ::router::scheduler::{Limits, NewSequence, Scheduler, StepPlan};
 use ::router::share::{self, Choice, Curve, Learned, Mode, Place, Share, node_place};
 use mesh_proto::attempts::{
-    Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit, Units, Why,
+    ASKS_MAX, Attempts, CALLS_PER_HEDGE, Call as Attempt, HEDGE_BURST, HedgeBudget, Standing, Step, Unit,
+    Units, Why,
 };
 use mesh_proto::cluster::Event;
 use mesh_proto::health::Doubts;
@@ -117,6 +119,8 @@ pub(crate) struct Engine {
     leaving: Vec<usize>,
     pass: Option<Pass>,
     busy_until: Duration,
+    /// Since when steps fail for want of experts that nodes are loading.
+    held_since: Option<Duration>,
     /// Time the router takes per layer besides experts, and per part of an expert that it computes.
     layer_takes: Duration,
     part_takes: Duration,
@@ -149,6 +153,7 @@ impl Engine {
             leaving: Vec::new(),
             pass: None,
             busy_until: Duration::ZERO,
+            held_since: None,
             layer_takes: dice.micros(50, if quick { 200 } else { 15_000 }),
             part_takes: dice.micros(50, 5_000),
             flights: (0..PARTS).map(|_| Flight::default()).collect(),
@@ -180,6 +185,7 @@ impl Engine {
         self.live.clear();
         self.leaving.clear();
         self.pass = None;
+        self.held_since = None;
         self.out.clear();
         self.loads.clear();
         self.flights.iter_mut().for_each(|flight| flight.open = false);
@@ -686,6 +692,7 @@ impl World {
     /// A step is over: tokens are chosen.
     fn deliver(&mut self) {
         let Some(pass) = self.engine.pass.take() else { return };
+        self.engine.held_since = None;
         for (index, slice) in pass.plan.slices.iter().enumerate() {
             self.engine.scheduler.advance(slice);
             let last = pass.rows.iter().rfind(|row| row.slice == index);
@@ -711,10 +718,17 @@ impl World {
         }
     }
 
-    /// Nobody has what the step needs: its requests end.
+    /// Nobody has what the step needs: its requests end, unless nodes are loading it.
     fn fail_step(&mut self) {
         let Some(pass) = self.engine.pass.take() else { return };
         (0..PARTS).for_each(|part| self.engine.close_flight(part));
+        let cluster = &self.router.cluster;
+        let since = *self.engine.held_since.get_or_insert(self.now);
+        if self.now - since < HOLD_MAX && cluster.epoch() > 0 && !cluster.settled() {
+            self.works_for(HOLD_SLICE);
+            return;
+        }
+        self.engine.held_since = None;
         for slice in &pass.plan.slices {
             if self.engine.live.remove(&slice.id).is_some() {
                 self.engine.scheduler.remove(slice.id);
