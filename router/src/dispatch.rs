@@ -242,12 +242,14 @@ impl Dispatch {
         self.view.write(&self.places);
     }
 
-    /// Whether experts that could not be had may be there soon, because the routes are new already or nodes are loading;
-    /// then waits until they are new, for `timeout` at most. Not where the router could have computed them.
-    pub fn await_loading(&self, timeout: Duration) -> bool {
+    /// Whether experts that could not be had may be there soon, because the routes are others already, or nodes are
+    /// loading or tried again shortly; then waits until the routes are others, for `timeout` at most. Not where the
+    /// router could have computed them.
+    pub fn await_loading(&self, lost: &Unreachable, timeout: Duration) -> bool {
         let Some(hub) = self.hub.as_ref().filter(|_| !self.own.fallback) else { return false };
-        let is_new = |cluster: &Cluster| !Arc::ptr_eq(&cluster.routes(), &self.routes);
-        let may_come = |cluster: &Cluster| is_new(cluster) || cluster.epoch() > 0 && !cluster.settled();
+        // Those that the part was sent by: another part of the step may have seen newer ones since.
+        let is_new = |cluster: &Cluster| !Arc::ptr_eq(&cluster.routes(), &lost.routes);
+        let may_come = |cluster: &Cluster| is_new(cluster) || cluster.may_recover();
         if !hub.wait_until(Duration::ZERO, may_come) {
             return false;
         }
@@ -325,7 +327,7 @@ impl Dispatch {
             return Ok(());
         };
         self.refresh();
-        flight.epoch = self.routes.epoch;
+        flight.routes = Arc::clone(&self.routes);
         flight.overlapped = busy.overlapped;
         self.divide(layer as u16, work, busy);
         self.gather(layer as u16, work, flight);
@@ -333,7 +335,7 @@ impl Dispatch {
         if !flight.lost.is_empty() {
             self.spare.append(&mut batches);
             self.batches = batches;
-            return Err(LayerError::Unreachable(Unreachable::new(layer, &flight.lost, String::new())));
+            return Err(LayerError::Unreachable(Unreachable::lost(layer, &self.routes, &flight.lost)));
         }
         cost.assignments_here += flight.kept();
         flight.predicted = self.share.predicted(ROUTER, &self.places[usize::from(ROUTER)]);
@@ -346,7 +348,7 @@ impl Dispatch {
             let place = node_place(batch.node);
             let known = self.places.get(usize::from(place));
             let predicted = known.map(|known| self.share.predicted(place, known));
-            let (call, budget) = self.call(&hub, (layer as u16, flight.epoch), (&batch, work), cost);
+            let (call, budget) = self.call(&hub, (layer as u16, flight.routes.epoch), (&batch, work), cost);
             self.hedges.earn();
             let at = call.sent.saturating_duration_since(self.peers.started);
             let asked = flight.attempts.ask(batch.node, &batch.units, at, budget);

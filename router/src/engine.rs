@@ -23,8 +23,8 @@ use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Ti
 use crate::sampler::{self, Sampler, Scratch};
 use crate::scheduler::{Limits, LimitsError, NewSequence, Occupancy, Scheduler, SequenceId, Slice, StepPlan};
 
-/// How long a step waits for experts that nodes are loading, before its requests end: longer than a node takes for a few
-/// experts more, shorter than clients wait for a first answer.
+/// How long a step waits for experts that nodes are loading, or that one holds who is tried again shortly, before its
+/// requests end: longer than a node takes for a few experts more, shorter than clients wait for a first answer.
 pub const HOLD_MAX: Duration = Duration::from_secs(5);
 
 /// After so long it is tried again at the latest, and clients that went away are noticed.
@@ -367,14 +367,12 @@ impl Engine {
         }
     }
 
-    /// Whether a step that failed is to be computed again rather than to end requests: experts were out of reach because
-    /// nodes are loading them. Waits a moment, then.
+    /// Whether a step that failed is to be computed again rather than to end requests: experts were out of reach for a
+    /// moment only (`Dispatch::await_loading`). Waits for that moment, then.
     fn holds(&mut self, error: &ForwardError) -> bool {
-        if !matches!(error, ForwardError::Layer(LayerError::Unreachable(_))) {
-            return false;
-        }
+        let ForwardError::Layer(LayerError::Unreachable(lost)) = error else { return false };
         let since = *self.held_since.get_or_insert_with(Instant::now);
-        let holds = since.elapsed() < HOLD_MAX && self.forward.await_loading(HOLD_SLICE);
+        let holds = since.elapsed() < HOLD_MAX && self.forward.await_loading(lost, HOLD_SLICE);
         if !holds {
             self.held_since = None;
         }

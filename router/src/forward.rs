@@ -26,7 +26,7 @@ use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
 use crate::cost::{StepCost, lap};
-use crate::dispatch::{Busy, Dispatch, Flight, LayerError, PlacesView, Shape};
+use crate::dispatch::{Busy, Dispatch, Flight, LayerError, PlacesView, Shape, Unreachable};
 use crate::metrics::Metrics;
 
 /// Rows from which a step over nodes is cut into parts: below, an expert has so few rows that reading its weights
@@ -193,8 +193,8 @@ impl Forward {
     }
 
     /// As `Dispatch::await_loading`.
-    pub fn await_loading(&self, timeout: Duration) -> bool {
-        self.experts.dispatch.await_loading(timeout)
+    pub fn await_loading(&self, lost: &Unreachable, timeout: Duration) -> bool {
+        self.experts.dispatch.await_loading(lost, timeout)
     }
 
     /// Bytes of experts the router holds by now.

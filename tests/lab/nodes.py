@@ -119,6 +119,8 @@ def kills(lab: Lab, cluster: Cluster, result: Result, count: int) -> Kills:
             cluster.start_node(name)
             cluster.until(f"{name} serves again", lambda name=name: cluster.serves(name), 30)
             back = time.monotonic()
+            # The next one to die must not be the last that serves.
+            lab.whole(cluster)
             after = cluster.counters()
             hit = any(after[what] > before[what] for what in ("late", "gone", "hedges", "retries", "fallbacks"))
             result.o2.ask(moving, f"a stream stands still after the kill of {name}")

@@ -15,7 +15,6 @@ use mesh_net::hub::Hub;
 use mesh_net::membership::Membership;
 use mesh_net::station::{NodeService, ReplySink, Station, StationConfig, Stop};
 use mesh_proto::cluster::Policy;
-use mesh_proto::placement::Wishes;
 use mesh_proto::routes::Table;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::Call;
@@ -63,24 +62,10 @@ pub struct Troupe {
 }
 
 impl Troupe {
-    /// Starts them, and returns when every node serves. `fallback`: whether the router computes what no node can be
-    /// asked for.
-    pub fn start(model: &Arc<Model>, cast: Vec<Part>, (wishes, fallback): (Wishes, bool)) -> Troupe {
-        Troupe::begin(model, cast, (wishes, None, fallback))
-    }
-
-    /// Starts them with a plan made by hand; `fallback` as for `start`.
-    pub fn placed(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
-        Troupe::begin(model, cast, (Wishes::default(), Some(table), fallback))
-    }
-
-    fn begin(
-        model: &Arc<Model>,
-        cast: Vec<Part>,
-        (wishes, table, fallback): (Wishes, Option<Table>, bool),
-    ) -> Troupe {
-        let policy = Policy { wishes, ..Policy::default() };
-        let (hub, memberships) = start_hub(model, cast.len(), policy, table);
+    /// Starts them with this plan, and returns when every node serves. `fallback`: whether the router computes what no
+    /// node can be asked for.
+    pub fn start(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
+        let (hub, memberships) = start_hub(model, cast.len(), Policy::default(), Some(table));
         let start = |(membership, part)| Scripted::start(model, membership, hub.local_addr(), part);
         let nodes: Vec<Scripted> = memberships.into_iter().zip(cast).map(start).collect();
         assert!(hub.wait_ready(nodes.len(), READY_WITHIN), "the nodes did not get ready");
@@ -91,30 +76,24 @@ impl Troupe {
 }
 
 /// What a node is told to be.
-#[derive(Clone)]
-pub struct Part {
-    /// What it does with its calls.
-    pub script: Script,
-    /// Bytes it takes of weights.
-    pub memory_bytes: u64,
-}
+pub struct Part(Script);
 
-/// Its room: what it does is a function.
+/// What it does is a function.
 impl std::fmt::Debug for Part {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Part({} bytes)", self.memory_bytes)
+        f.write_str("Part")
     }
 }
 
 impl Part {
     /// A node with room for everything.
     pub fn new(script: impl Fn(u64) -> Mood + Send + Sync + 'static) -> Part {
-        Part { script: Arc::new(script), memory_bytes: 1 << 40 }
+        Part(Box::new(script))
     }
 }
 
 /// Chooses a mood for the n-th call, counted from 0.
-pub type Script = Arc<dyn Fn(u64) -> Mood + Send + Sync>;
+type Script = Box<dyn Fn(u64) -> Mood + Send + Sync>;
 
 /// A node, on threads of its own. Leaves when dropped.
 #[derive(Debug)]
@@ -139,16 +118,11 @@ impl Scripted {
             home: Home::new(Arc::clone(model), native(), Residency::Mapped),
             model: Arc::clone(model),
             held: Arc::clone(&held),
-            script: part.script,
+            script: part.0,
             calls: Arc::clone(&calls),
         };
         std::thread::spawn(move || worker.run(&inbox));
-        let service = Service {
-            fingerprint: model.fingerprint,
-            memory_bytes: part.memory_bytes,
-            held,
-            work: Mutex::new(work),
-        };
+        let service = Service { fingerprint: model.fingerprint, held, work: Mutex::new(work) };
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
         let config = StationConfig { membership, routers: vec![router], pool };
         let stop = Stop::new();
@@ -178,7 +152,6 @@ type Held = BTreeMap<(u64, ExpertKey), (u16, u16)>;
 
 struct Service {
     fingerprint: [u8; 32],
-    memory_bytes: u64,
     held: Arc<Mutex<Held>>,
     work: Mutex<Sender<(Call, ReplySink)>>,
 }
@@ -189,7 +162,7 @@ impl NodeService for Service {
             name: "scripted".into(),
             version: "0".into(),
             model: self.fingerprint,
-            memory_bytes: self.memory_bytes,
+            memory_bytes: 1 << 40,
             threads: 1,
             exact: true,
             kernels: "scripted".into(),

@@ -164,6 +164,11 @@ impl Trust {
         matches!(self.state, State::Suspect { .. })
     }
 
+    /// Whether it is suspect for the first time in a row: it is tried again within `PAUSE_FIRST`.
+    pub fn pauses_shortly(&self) -> bool {
+        self.is_suspect() && self.strikes == 1
+    }
+
     /// Mean time in kernels and mean round trip of recent calls.
     pub fn means(&self) -> Option<(Duration, Duration)> {
         self.means.map(|(service, round_trip)| (seconds(service), seconds(round_trip)))

@@ -28,4 +28,6 @@ pub mod health;
 
 pub mod routes;
 
+pub mod status;
+
 pub mod facts;

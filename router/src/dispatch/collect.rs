@@ -81,7 +81,7 @@ impl Dispatch {
                 Step::Lost(units) => {
                     let units = flight.attempts.list(units).iter().copied();
                     flight.rows_of(units, &mut self.some);
-                    let lost = Unreachable::new(layer.index, &self.some, String::new());
+                    let lost = Unreachable::lost(layer.index, &flight.routes, &self.some);
                     return Err(LayerError::Unreachable(lost));
                 }
             }
@@ -176,7 +176,7 @@ impl Dispatch {
         for unit in flight.attempts.list(units) {
             batch.name(flight.pieces[*unit as usize].expert, *unit);
         }
-        let what = (layer.index as u16, flight.epoch);
+        let what = (layer.index as u16, flight.routes.epoch);
         let sent = self.hub.clone().map(|hub| self.call(&hub, what, (&batch, layer.work), cost));
         let Some((out, budget)) = sent else { return flight.attempts.failed(call) };
         if out.pending.is_some() {

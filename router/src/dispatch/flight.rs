@@ -1,10 +1,11 @@
 //! What is under way of one layer: which rows went where, and which expert's part each piece of work is.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_net::pending::PendingCall;
 use mesh_proto::attempts::{Attempts, Unit};
-use mesh_proto::routes::{Holders, NodeIndex};
+use mesh_proto::routes::{Holders, NodeIndex, Routes};
 use mesh_wire::reply::Reply;
 use model::home::HomeError;
 use model::kernel::Assignment;
@@ -22,18 +23,25 @@ pub struct Unreachable {
     /// Rows that need one of them, ascending, each once.
     pub rows: Vec<u32>,
     why: String,
+    /// Who was to be asked.
+    pub(super) routes: Arc<Routes>,
 }
 
 impl Unreachable {
+    /// What these assignments need nobody has who is named by these routes.
+    pub(super) fn lost(layer: usize, routes: &Arc<Routes>, assignments: &[Assignment]) -> Unreachable {
+        Unreachable { routes: Arc::clone(routes), ..Unreachable::new(layer, assignments, String::new()) }
+    }
+
     /// What these assignments need is not to be had. `why` is for the case that the router should have it.
-    pub(super) fn new(layer: usize, assignments: &[Assignment], why: String) -> Unreachable {
+    fn new(layer: usize, assignments: &[Assignment], why: String) -> Unreachable {
         let mut experts: Vec<u16> = assignments.iter().map(|assignment| assignment.expert).collect();
         let mut rows: Vec<u32> = assignments.iter().map(|assignment| assignment.row).collect();
         experts.sort_unstable();
         experts.dedup();
         rows.sort_unstable();
         rows.dedup();
-        Unreachable { layer: layer as u16, experts, rows, why }
+        Unreachable { layer: layer as u16, experts, rows, why, routes: Arc::default() }
     }
 }
 
@@ -139,7 +147,8 @@ pub(super) struct Piece {
 /// What is under way of one layer of one part of a step. Dropping or clearing it cancels its calls.
 #[derive(Debug, Default)]
 pub struct Flight {
-    pub(super) epoch: u64,
+    /// Whom its calls go to.
+    pub(super) routes: Arc<Routes>,
     /// Whole experts that are the router's own.
     pub(super) home: Vec<Assignment>,
     /// Slices of experts that are: their blocks, and who needs them.

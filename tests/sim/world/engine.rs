@@ -2,6 +2,7 @@
 //! `Attempts` decide; this carries them out on the toy model and checks every sum.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::router::engine::{HOLD_MAX, HOLD_SLICE};
@@ -83,7 +84,7 @@ struct Flight {
     attempts: Attempts,
     layer: u16,
     work: Vec<Work>,
-    epoch: u64,
+    routes: Arc<Routes>,
     /// What came while the engine was busy.
     inbox: Vec<Arrived>,
     replies: BTreeMap<Attempt, Reply>,
@@ -280,7 +281,7 @@ impl World {
                 }
                 Some(Turn::Settle(layer, part)) => match self.settle(part) {
                     Settled::Waits => return,
-                    Settled::Lost => self.fail_step(),
+                    Settled::Lost => self.fail_step(part),
                     Settled::Done => {
                         self.next_turn();
                         self.finish_layer(layer, part);
@@ -403,7 +404,7 @@ impl World {
         self.engine.close_flight(part);
         let flight = &mut self.engine.flights[part];
         flight.attempts.clear(self.profile.fallback);
-        (flight.layer, flight.epoch, flight.open) = (layer, routes.epoch, true);
+        (flight.layer, flight.routes, flight.open) = (layer, Arc::clone(&routes), true);
         let mut asked: BTreeMap<NodeIndex, Vec<Unit>> = BTreeMap::new();
         let (mut homeless, mut own) = (Vec::new(), Vec::new());
         self.divide(layer, &routes, chosen);
@@ -533,7 +534,7 @@ impl World {
         let pass = self.engine.pass.as_ref().expect("a step is under way");
         let call = Call {
             call: wire,
-            epoch: flight.epoch,
+            epoch: flight.routes.epoch,
             layer: flight.layer,
             rows: rows.iter().map(|row| pass.rows[*row].x).collect(),
             assignments,
@@ -719,13 +720,15 @@ impl World {
     }
 
     /// Nobody has what the step needs: its requests end, unless nodes are loading it.
-    fn fail_step(&mut self) {
+    fn fail_step(&mut self, part: usize) {
         let Some(pass) = self.engine.pass.take() else { return };
         (0..PARTS).for_each(|part| self.engine.close_flight(part));
         let cluster = &self.router.cluster;
         let since = *self.engine.held_since.get_or_insert(self.now);
-        if self.now - since < HOLD_MAX && cluster.epoch() > 0 && !cluster.settled() {
-            self.works_for(HOLD_SLICE);
+        let is_new = !Arc::ptr_eq(&cluster.routes(), &self.engine.flights[part].routes);
+        let may_come = is_new || cluster.may_recover();
+        if self.now - since < HOLD_MAX && may_come {
+            self.works_for(if is_new { Duration::ZERO } else { HOLD_SLICE });
             return;
         }
         self.engine.held_since = None;

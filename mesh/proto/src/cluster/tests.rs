@@ -233,6 +233,7 @@ fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     let actions = cluster.handle(SECOND, Event::Missed(0));
     assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
     assert_eq!((state(&cluster, 0), routed(&cluster, 0)), (NodeState::Suspect, 0));
+    assert!(cluster.may_recover(), "its first pause");
     assert_eq!(cluster.handle(SECOND * 3 / 2, Event::Tick), []);
     let actions = cluster.handle(2 * SECOND, Event::Tick);
     assert!(matches!(actions[..], [Action::Report(0, _), Action::RoutesChanged]), "{actions:?}");
@@ -241,7 +242,14 @@ fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
     cluster.handle(2 * SECOND, Event::Answered { node: 0, assignments: 8, service, round_trip });
     assert_eq!(cluster.budget(0, 8).total, crate::health::BUDGET_FLOOR);
     assert_eq!(cluster.status(0).unwrap().call_means, Some((service, round_trip)));
+    assert!(!cluster.may_recover(), "all is well");
     assert_eq!(cluster.handle(2 * SECOND, Event::Missed(0)), []);
+    // Nor is one waited for that fails its trial, too.
+    cluster.handle(2 * SECOND, Event::Missed(0));
+    assert!(cluster.may_recover());
+    cluster.handle(3 * SECOND, Event::Tick);
+    cluster.handle(3 * SECOND, Event::Missed(0));
+    assert_eq!((state(&cluster, 0), cluster.may_recover()), (NodeState::Suspect, false));
 }
 
 #[test]
