@@ -78,10 +78,10 @@ lab:
 	@$(SUDO) tests/lab/lab --requirements
 ifndef MOEMESH
 	@echo "==> building moemesh without libtorch"
-	@$(CARGO) build --release -p moemesh -p moemesh-tests --no-default-features --bin moemesh --bin liar
+	@$(CARGO) build --release -p moemesh -p moemesh-tests --no-default-features --bin moemesh --bin liar --bin thief
 endif
 	@mkdir -p $(TARGET_DIR)
-	@$(SUDO) env MOEMESH=$(or $(MOEMESH),$(TARGET_DIR)/release/moemesh) MOEMESH_LIAR=$(or $(MOEMESH_LIAR),$(if $(MOEMESH),,$(TARGET_DIR)/release/liar)) MOEMESH_CACHE=$(MOEMESH_CACHE) \
+	@$(SUDO) env MOEMESH=$(or $(MOEMESH),$(TARGET_DIR)/release/moemesh) MOEMESH_ROGUES=$(or $(MOEMESH_ROGUES),$(if $(MOEMESH),,$(TARGET_DIR)/release)) MOEMESH_CACHE=$(MOEMESH_CACHE) \
 		tests/lab/lab --kills $(KILLS) $(if $(ROWS),--only $(ROWS)) --json $(TARGET_DIR)/lab.json
 
 doc: setup

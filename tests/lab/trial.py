@@ -37,7 +37,8 @@ class Options:
     program: pathlib.Path
     kills: int
     seed: int
-    liar: pathlib.Path | None
+    # Where the programs `liar` and `thief` are.
+    rogues: pathlib.Path | None
     long: bool
 
 
