@@ -25,11 +25,14 @@ fn scored(weights: &str, backend: &str) -> (Vec<f64>, String) {
     let scores = scores[1..].iter().map(|score| score.as_f64().expect("a number")).collect();
     let state = cluster.api.nodes();
     assert_eq!(state["router"]["fallbacks"], 0, "{}", cluster.logs());
+    let mut calls = 0;
     for node in state["nodes"].as_array().expect("nodes") {
         let kernels = node["kernels"].as_str().expect("a name");
         assert!(kernels.starts_with(backend), "{kernels}");
-        assert!(node["calls"].as_u64().is_some_and(|calls| calls > 0), "{node}");
+        calls += node["calls"].as_u64().expect("calls");
     }
+    // On a busy machine a node may measure to be so slow that the plan leaves it out.
+    assert!(calls > 0, "{state}");
     (scores, exact)
 }
 
