@@ -8,7 +8,7 @@ use mesh_proto::routes::{self, Holders, ROUTER, Table};
 use mesh_wire::control::Refusal;
 use model::format::Format;
 use model::open::Model;
-use moemesh_tests::cluster::{finish, generate, open};
+use moemesh_tests::cluster::{Outcome, even, finish, generate, open};
 use moemesh_tests::scripted::{Mood, Part, Troupe};
 use router::request::{Event, GenerateError, GenerateRequest};
 
@@ -35,19 +35,6 @@ fn wide() -> Arc<Model> {
     Arc::new(Model::open(WIDE, Format::Q4, CACHE.path(), &mut |_, _, _| {}).unwrap())
 }
 
-/// Every expert on so many of the nodes, next to each other. Made by hand: the experts are small, and what a planner
-/// makes of measurements on a busy machine may be to use one node.
-fn even(model: &Arc<Model>, nodes: u16, copies: u16) -> Table {
-    let facts = router::serve::model_facts(model);
-    let mut table = Table::empty(&facts);
-    for layer in &facts.moe_layers {
-        let holders = |expert: u16| (0..copies).map(move |copy| (expert + copy) % nodes).collect();
-        let whole = |expert| [routes::Part { from: 0, to: facts.blocks, holders: holders(expert) }];
-        table.set_layer(*layer, (0..facts.experts).map(whole));
-    }
-    table
-}
-
 fn well() -> Part {
     Part::new(|_| Mood::Answer)
 }
@@ -55,6 +42,28 @@ fn well() -> Part {
 /// Answers, and is in this mood from then on.
 fn then(mood: Mood) -> Part {
     Part::new(move |call| if call < WELL_FOR { Mood::Answer } else { mood })
+}
+
+/// With copies the router computes nothing itself, unless an honest node was late, too: on a busy machine a thread may
+/// wait for longer than a call may take.
+#[track_caller]
+fn assert_copies_sufficed(troupe: &Troupe, liar: Option<usize>) {
+    let nodes = troupe.hub.nodes();
+    let late = |index: usize| nodes[index].counters.late;
+    let late: u64 = (0..nodes.len()).filter(|index| Some(*index) != liar).map(late).sum();
+    let cost = troupe.status.read().cost;
+    assert!(cost.fallbacks == 0 || late > 0, "{cost:?}");
+}
+
+/// Tells the story until a node got so many calls: with copies a router that learned that others are faster asks it
+/// rarely. Each time it must be the expected one.
+#[track_caller]
+fn tell_until_asked(troupe: &Troupe, (node, calls): (usize, u64), expected: &Outcome) {
+    let asked = (0..STORIES_MAX).any(|_| {
+        assert_eq!(&generate(&troupe.engine, story()).0, expected);
+        troupe.nodes[node].calls() >= calls
+    });
+    assert!(asked, "no occasion: {:?} {:?}", troupe.nodes, troupe.hub.nodes());
 }
 
 fn story() -> GenerateRequest {
@@ -70,16 +79,16 @@ fn copies_are_used_side_by_side_and_change_no_bit() {
     assert!(troupe.nodes.iter().all(|node| node.calls() > 0), "{:?}", troupe.nodes);
     let long = request(prompt(2, 700), 0.0, 4);
     assert_eq!(generate(&troupe.engine, long.clone()).0, alone(&model, &long), "a prompt");
-    assert_eq!(troupe.status.read().cost.fallbacks, 0);
+    assert_copies_sufficed(&troupe, None);
 }
 
 #[test]
 fn with_copies_a_silent_node_costs_a_few_late_calls_and_the_router_computes_nothing() {
     let model = tale();
     let troupe = Troupe::start(&model, vec![well(), then(Mood::Silence), well()], (even(&model, 3, 2), true));
-    assert_eq!(generate(&troupe.engine, story()).0, alone(&model, &story()));
+    tell_until_asked(&troupe, (1, WELL_FOR + 1), &alone(&model, &story()));
     let cost = troupe.status.read().cost;
-    assert_eq!(cost.fallbacks, 0, "{cost:?}");
+    assert_copies_sufficed(&troupe, Some(1));
     assert!(cost.hedges_won > 0, "{cost:?}");
     assert!(cost.hedges <= 16 + cost.calls / 20, "{cost:?}");
     // Not one delay per layer and token: others are preferred while it is doubtful, and then it is suspect.
@@ -104,22 +113,9 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
         for copies_of_each in [1, 2] {
             let plan = even(&model, 3, copies_of_each);
             let troupe = Troupe::start(&model, vec![then(mood), well(), well()], (plan, true));
-            // With copies a router that learned that the others are faster asks it rarely.
             let enough = WELL_FOR + if mood == Mood::WrongShape { 3 } else { 1 };
-            let asked = (0..STORIES_MAX).any(|_| {
-                assert_eq!(
-                    generate(&troupe.engine, story()).0,
-                    expected,
-                    "{mood:?}, {copies_of_each} copies"
-                );
-                troupe.nodes[0].calls() >= enough
-            });
+            tell_until_asked(&troupe, (0, enough), &expected);
             let (cost, node) = (troupe.status.read().cost, &troupe.hub.nodes()[0]);
-            assert!(
-                asked,
-                "{mood:?}, {copies_of_each} copies: it had no occasion; {:?} {node:?} {cost:?}",
-                troupe.nodes
-            );
             let (state, counters) = (node.cluster.state, node.counters);
             match mood {
                 Mood::WrongShape => {
@@ -132,7 +128,7 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
                 _ => assert_ne!(state, NodeState::Quarantined, "{mood:?}"),
             }
             if copies_of_each == 2 && mood != Mood::Overflow {
-                assert_eq!(cost.fallbacks, 0, "{mood:?}: {cost:?}");
+                assert_copies_sufficed(&troupe, Some(0));
             }
             if matches!(mood, Mood::Refuse(_) | Mood::WrongShape) {
                 assert_eq!(cost.retries > 0, copies_of_each == 2, "{mood:?}: {cost:?}");

@@ -19,7 +19,7 @@ use mesh_net::station::StationConfig;
 use mesh_proto::cluster::{MALFORMED_MAX, NodeState, Policy};
 use model::format::Format;
 use model::open::Model;
-use moemesh_tests::cluster::{Outcome, Shape, generate, native, open, start_engine};
+use moemesh_tests::cluster::{Outcome, Shape, even, generate, native, open, start_engine, written};
 use moemesh_tests::tale_moe;
 use router::request::{GenerateRequest, Sampling};
 use router::serve::model_facts;
@@ -98,7 +98,13 @@ fn among(mode: &str, noticed: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
         panic!("a new folder belongs to no cluster")
     };
     let admission = admit("liar", &identity);
-    let config = HubConfig { listen, policy, ..HubConfig::new(Arc::clone(&authority), model_facts(model)) };
+    let mut config =
+        HubConfig { listen, policy, ..HubConfig::new(Arc::clone(&authority), model_facts(model)) };
+    // The liar has its share, whatever the honest ones measure on a busy machine.
+    let (plan, table) = (folder.path().join("plan"), even(model, SHAPE.nodes as u16, 1));
+    let text = written(authority.roster().roster(), &config.facts, table);
+    std::fs::write(&plan, text).expect("the plan is written");
+    config.placement_file = Some(plan);
     let hub = Arc::new(Hub::start(config).expect("the hub starts"));
     let admission = Admission { addresses: vec![hub.local_addr()], ..admission };
     Membership::enter(kept, identity, admission).expect("the state is saved");

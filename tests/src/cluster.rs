@@ -16,7 +16,7 @@ use mesh_proto::cluster::Policy;
 use mesh_proto::facts::{Member, ModelFacts};
 use mesh_proto::machine::{Capacity, Machine};
 use mesh_proto::placement::{Plan, Wishes, plan};
-use mesh_proto::routes::Table;
+use mesh_proto::routes::{Part, Table};
 use mesh_proto::stored::Stored;
 use model::format::Format;
 use model::kernel::Kernels;
@@ -80,7 +80,7 @@ pub fn open(directory: &Path, format: Format, cache: &Path) -> Arc<Model> {
 }
 
 impl Cluster {
-    /// Starts hub, nodes and engine, and returns when every node serves.
+    /// Starts hub, nodes and engine with the experts divided evenly, and returns when every node serves.
     pub fn start(model: &Arc<Model>, shape: Shape) -> Cluster {
         Cluster::start_with(model, shape, &|| native())
     }
@@ -88,7 +88,7 @@ impl Cluster {
     /// As `start`, with other kernels in the nodes, which may be inexact.
     pub fn start_with(model: &Arc<Model>, shape: Shape, kernels: &dyn Fn() -> Arc<dyn Kernels>) -> Cluster {
         let policy = Policy { require_exact: kernels().exact(), ..Policy::default() };
-        let (hub, memberships) = start_hub(model, shape.nodes, policy, None);
+        let (hub, memberships) = start_hub(model, shape.nodes, policy, even(model, shape.nodes as u16, 1));
         let start = |membership| start_node(model, membership, hub.local_addr(), kernels());
         let nodes: Vec<_> = memberships.into_iter().map(|membership| Some(start(membership))).collect();
         assert!(hub.wait_ready(shape.nodes, READY_WITHIN), "the nodes did not get ready");
@@ -110,13 +110,13 @@ impl Cluster {
     }
 }
 
-/// A hub with so many members, and what makes nodes of them. Its first plan waits for all of them, or is `table`, as if
-/// it had been made before a restart.
+/// A hub with so many members, and what makes nodes of them. Its first plan is `table`, as if it had been made before a
+/// restart.
 pub fn start_hub(
     model: &Arc<Model>,
     nodes: usize,
     policy: Policy,
-    table: Option<Table>,
+    table: Table,
 ) -> (Arc<Hub>, Vec<Arc<Membership>>) {
     let authority = Arc::new(Authority::in_memory().expect("keys"));
     let memberships = (0..nodes).map(|index| member(&authority, index)).collect();
@@ -125,12 +125,10 @@ pub fn start_hub(
     let mut config =
         HubConfig { listen, policy, ..HubConfig::new(Arc::clone(&authority), model_facts(model)) };
     let folder = tempfile::tempdir().expect("a folder");
-    if let Some(table) = table {
-        let file = folder.path().join("plan");
-        let text = written(authority.roster().roster(), &config.facts, table);
-        std::fs::write(&file, text).expect("the plan is written");
-        config.placement_file = Some(file);
-    }
+    let file = folder.path().join("plan");
+    let text = written(authority.roster().roster(), &config.facts, table);
+    std::fs::write(&file, text).expect("the plan is written");
+    config.placement_file = Some(file);
     (Arc::new(Hub::start(config).expect("the hub starts")), memberships)
 }
 
@@ -143,8 +141,21 @@ fn member(authority: &Authority, index: usize) -> Arc<Membership> {
     Arc::new(Membership::in_memory(identity, admission))
 }
 
+/// Every expert on so many of the nodes, next to each other. Made by hand: the experts of test models are small, and what
+/// a planner makes of measurements on a busy machine may be to use one node.
+pub fn even(model: &Arc<Model>, nodes: u16, copies: u16) -> Table {
+    let facts = model_facts(model);
+    let mut table = Table::empty(&facts);
+    for layer in &facts.moe_layers {
+        let holders = |expert: u16| (0..copies).map(move |copy| (expert + copy) % nodes).collect();
+        let whole = |expert| [Part { from: 0, to: facts.blocks, holders: holders(expert) }];
+        table.set_layer(*layer, (0..facts.experts).map(whole));
+    }
+    table
+}
+
 /// The text of a plan that says who holds what.
-fn written(roster: &Roster, facts: &ModelFacts, table: Table) -> String {
+pub fn written(roster: &Roster, facts: &ModelFacts, table: Table) -> String {
     let members: Vec<Member> =
         roster.nodes.iter().map(|node| Member { id: node.key, name: node.name.clone() }).collect();
     let capacity = |node| Capacity { node, memory_bytes: 1 << 40, machine: Machine::default() };

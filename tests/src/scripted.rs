@@ -65,7 +65,7 @@ impl Troupe {
     /// Starts them with this plan, and returns when every node serves. `fallback`: whether the router computes what no
     /// node can be asked for.
     pub fn start(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
-        let (hub, memberships) = start_hub(model, cast.len(), Policy::default(), Some(table));
+        let (hub, memberships) = start_hub(model, cast.len(), Policy::default(), table);
         let start = |(membership, part)| Scripted::start(model, membership, hub.local_addr(), part);
         let nodes: Vec<Scripted> = memberships.into_iter().zip(cast).map(start).collect();
         assert!(hub.wait_ready(nodes.len(), READY_WITHIN), "the nodes did not get ready");
