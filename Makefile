@@ -13,7 +13,11 @@ DIST := $(TARGET_DIR)/dist
 KILLS ?= 50
 ROWS ?=
 
-.PHONY: help setup demo test sim bench lint doc dist deploy-check lab
+# How long each fuzz target runs, and which (all if empty).
+SECONDS ?= 600
+TARGET ?=
+
+.PHONY: help setup demo test sim bench lint doc dist deploy-check lab fuzz
 
 help:
 	@echo "make setup   fetch or find libtorch 2.11 (LIBTORCH=/path uses yours, TORCH=cuda keeps the CUDA libraries)"
@@ -22,6 +26,7 @@ help:
 	@echo "make sim     SEEDS=N seeds of the simulation (SEED=K replays one and prints its trace)"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make lab     the fault matrix on a LAN of network namespaces, $(KILLS) kills (KILLS=1000: the record; ROWS=1,7: only these rows; needs Linux and root)"
+	@echo "make fuzz    every fuzz target for SECONDS=$(SECONDS) (TARGET=x: only this one; needs cargo-fuzz and a nightly compiler)"
 	@echo "make bench   kernels, link and decoding of this machine, as JSON"
 	@echo "make doc     API documentation in $(TARGET_DIR)/doc"
 	@echo "make dist    moemesh-$(ARCH).tar with libtorch beside the program, and one file without it"
@@ -83,6 +88,11 @@ endif
 	@mkdir -p $(TARGET_DIR)
 	@$(SUDO) env MOEMESH=$(or $(MOEMESH),$(TARGET_DIR)/release/moemesh) MOEMESH_ROGUES=$(or $(MOEMESH_ROGUES),$(if $(MOEMESH),,$(TARGET_DIR)/release)) MOEMESH_CACHE=$(MOEMESH_CACHE) \
 		tests/lab/lab --kills $(KILLS) $(if $(ROWS),--only $(ROWS)) --json $(TARGET_DIR)/lab.json
+
+# Not part of `make test`, which runs the corpora as plain tests. Builds for minutes the first time: another compiler, and
+# everything with sanitizer and coverage.
+fuzz:
+	@tests/fuzz/run $(SECONDS) $(TARGET)
 
 doc: setup
 	$(CARGO) doc --release --workspace --no-deps

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use serde_json::Value;
 
-use crate::json;
+use crate::json::{self, shown};
 use crate::region::Bytes;
 
 pub use header::{DType, MAX_HEADER_BYTES, MAX_TENSORS};
@@ -31,7 +31,7 @@ pub const MAX_FILES: usize = 4096;
 
 /// Why a checkpoint cannot be read; names file and tensor, expected and found, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct CheckpointError(pub String);
 
 fn fail<T>(message: String) -> Result<T, CheckpointError> {

@@ -2,7 +2,8 @@
 //!
 //! Two readers of one file must not see two models, and `serde_json` keeps the last of equal keys in silence.
 //! This reads into the same `serde_json::Value`, refusing repeated keys at every depth; nesting is limited by
-//! `serde_json` itself (128 levels). It refuses nothing else: meaning is for the caller.
+//! `serde_json` itself (128 levels). It refuses nothing else: meaning is for the caller. What a stranger wrote ends up in
+//! messages, and messages on terminals: `shown` makes them harmless there.
 
 use std::fmt;
 
@@ -12,6 +13,25 @@ use serde_json::{Map, Value};
 /// Parses `text`; the error names the line, or the key that appears twice.
 pub fn parse(text: &[u8]) -> Result<Value, serde_json::Error> {
     serde_json::from_slice::<Unique>(text).map(|unique| unique.0)
+}
+
+/// Characters of a message at most: some lines of a terminal. What is cut was written by a stranger at length.
+const SHOWN_MAX: usize = 2000;
+
+/// A message as a terminal may have it: control characters escaped, cut after some lines. Harmless ones stay as they are.
+pub fn shown(message: &str) -> String {
+    let mut text = String::with_capacity(message.len().min(SHOWN_MAX));
+    for (count, letter) in message.chars().enumerate() {
+        match letter {
+            _ if count == SHOWN_MAX => {
+                text.push_str("...");
+                break;
+            }
+            letter if letter.is_control() => text.extend(letter.escape_default()),
+            letter => text.push(letter),
+        }
+    }
+    text
 }
 
 struct Unique(Value);
@@ -78,7 +98,16 @@ impl<'de> Visitor<'de> for UniqueVisitor {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{SHOWN_MAX, parse, shown};
+
+    #[test]
+    fn messages_do_nothing_to_terminals_and_are_cut() {
+        let escaped = "tensor 'é' is missing\\n\\u{1b}[2J\\u{9b}31m";
+        assert_eq!(shown("tensor 'é' is missing\n\u{1b}[2J\u{9b}31m"), escaped);
+        assert_eq!(shown(escaped), escaped);
+        let long = "ä".repeat(SHOWN_MAX);
+        assert_eq!((shown(&long), shown(&(long.clone() + "ä"))), (long.clone(), long + "..."));
+    }
 
     #[test]
     fn equal_keys_are_refused_at_every_depth() {

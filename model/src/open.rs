@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::ModelConfig;
 use crate::format::Format;
+use crate::json::shown;
 use crate::pack::{self, PackError};
 use crate::packed::manifest::PackedFiles;
 use crate::packed::{PackedExpert, PackedMatrix, TensorKind, TensorName, kind};
@@ -36,7 +37,7 @@ enum Weights {
 
 /// Why a model does not open. Every message names the file or key and says what to do.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct OpenError(pub String);
 
 impl From<PackError> for OpenError {

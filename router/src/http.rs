@@ -71,7 +71,7 @@ pub async fn serve(listener: TcpListener, door: Arc<Door>, shutdown: impl Future
 
 async fn knock(State(door): State<Arc<Door>>, request: Request) -> Response<Body> {
     if let Some(service) = door.service() {
-        return answer(State(service), request).await;
+        return respond(service, request).await;
     }
     let headers = request.headers();
     let mut response = match Route::of(request.uri().path()) {
@@ -82,11 +82,6 @@ async fn knock(State(door): State<Arc<Door>>, request: Request) -> Response<Body
     };
     response.headers_mut().insert(REQUEST_ID, request_id(headers));
     response
-}
-
-/// The whole API as a tower service, for tests and embedding.
-pub fn routes(service: Arc<Service>) -> Router {
-    Router::new().fallback(answer).with_state(service)
 }
 
 /// The paths, for routing and as a bounded label.
@@ -168,7 +163,9 @@ impl Drop for Counted {
 /// Status recorded when the client went away before the answer was complete (nginx's convention).
 const CLIENT_GONE: u16 = 499;
 
-async fn answer(State(service): State<Arc<Service>>, request: Request) -> Response<Body> {
+/// The answer to one request, once the service is there: the whole API without a socket. Dropping the future or the
+/// body cancels the work.
+pub async fn respond(service: Arc<Service>, request: Request) -> Response<Body> {
     let (head, body) = request.into_parts();
     let route = Route::of(head.uri.path());
     service.metrics.http_started();

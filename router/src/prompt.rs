@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use model::json::shown;
 use serde_json::{Map, Value};
 
 use crate::stream::Vocabulary;
@@ -26,7 +27,7 @@ use tokenizer::Encoder;
 
 /// Why the files of a model cannot be used. Names the file and what to do.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct PromptError(pub String);
 
 /// A conversation to render.

@@ -5,6 +5,7 @@
     reason = "a test that cannot go on has failed; figures help"
 )]
 
+mod corpus;
 #[cfg(feature = "torch")]
 mod device;
 mod failures;

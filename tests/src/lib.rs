@@ -1,8 +1,10 @@
-//! Harness for tests that cross crates: where the fixtures are, and a cluster in one process.
+//! Harness for tests that cross crates: where the fixtures are, a cluster in one process, and what fuzz targets check.
 
 pub mod scripted;
 
 pub mod cluster;
+
+pub mod fuzz;
 
 use std::path::{Path, PathBuf};
 

@@ -68,7 +68,7 @@ const ANSWER_TAG: &[u8; 17] = b"moemesh-answer-1\n";
 pub(crate) const EXPORTER_LABEL: &[u8] = b"EXPORTER moemesh join";
 
 /// Bytes of a statement: tag, cluster, router, epoch, signature.
-pub(crate) const STATEMENT_BYTES: usize = STATEMENT_TAG.len() + 32 + 32 + 8 + SIGNATURE_BYTES;
+pub const STATEMENT_BYTES: usize = STATEMENT_TAG.len() + 32 + 32 + 8 + SIGNATURE_BYTES;
 
 /// Bytes of a request before the name: tag, role, token, proof.
 const REQUEST_HEAD_BYTES: usize = PROOF_TAG.len() + 1 + 32 + SIGNATURE_BYTES;
@@ -196,8 +196,8 @@ async fn exchange(connection: &Connection, authority: &Arc<Authority>) -> Result
     }
 }
 
-/// What the router says first.
-pub(crate) fn statement(authority: &Authority) -> Vec<u8> {
+/// What the router says first: tag, cluster, router, epoch of its roster, the cluster's signature.
+pub fn statement(authority: &Authority) -> Vec<u8> {
     let roster = authority.roster();
     let mut bytes = Vec::with_capacity(STATEMENT_BYTES);
     bytes.extend(STATEMENT_TAG);
@@ -215,11 +215,16 @@ fn export(connection: &Connection) -> Result<[u8; 32], String> {
 }
 
 /// What a machine signs with its token's key.
-pub(crate) fn proof_message(exported: &[u8; 32], key: NodeId, role: u8, name: &str) -> Vec<u8> {
+fn proof_message(exported: &[u8; 32], key: NodeId, role: u8, name: &str) -> Vec<u8> {
     [&PROOF_TAG[..], exported, &key.0, &[role], name.as_bytes()].concat()
 }
 
-fn decide(
+/// The router's side of a request that came over a connection with this keying material from a peer with this key:
+/// the machine that is in now.
+///
+/// # Errors
+/// Why it is not let in; then nothing has changed.
+pub fn decide(
     authority: &Authority,
     request: &[u8],
     exported: &[u8; 32],
@@ -239,8 +244,8 @@ fn decide(
     authority.redeem(ticket, role, (name, key), Now::read())
 }
 
-/// Code 0 and the name that was given, or the code of a reason.
-fn answer(decided: &Result<Machine, Refused>) -> Vec<u8> {
+/// What the machine is told: code 0 and the name that was given, or the code of a reason.
+pub fn answer(decided: &Result<Machine, Refused>) -> Vec<u8> {
     let (code, text) = match decided {
         Ok(machine) => (0, machine.name.as_str()),
         Err(refused) => (*refused as u8, ""),
@@ -248,7 +253,11 @@ fn answer(decided: &Result<Machine, Refused>) -> Vec<u8> {
     [&ANSWER_TAG[..], &[code], text.as_bytes()].concat()
 }
 
-fn read_answer(bytes: &[u8]) -> Result<String, Refused> {
+/// The machine's side of an answer: the name it is given.
+///
+/// # Errors
+/// Why it is not let in; `Version` for what is no answer.
+pub fn read_answer(bytes: &[u8]) -> Result<String, Refused> {
     let rest = bytes.strip_prefix(ANSWER_TAG).ok_or(Refused::Version)?;
     match rest.split_first() {
         Some((0, name)) => match std::str::from_utf8(name) {
@@ -371,7 +380,10 @@ async fn ask(
 }
 
 /// The cluster's and the router's key, if whoever stated them is the router of the token's cluster.
-fn check_statement(
+///
+/// # Errors
+/// What shows that it is not, or that it cannot be told.
+pub fn check_statement(
     stated: &[u8; STATEMENT_BYTES],
     token: &Token,
     peer: Option<NodeId>,
@@ -392,16 +404,28 @@ fn check_statement(
     Ok((cluster, router))
 }
 
+/// What a machine says to become `role` and be called `name`: tag, role, token, proof, name.
+///
+/// # Errors
+/// `Random`; there is no token for which that happens.
+pub fn request(
+    identity: &Identity,
+    (token, role, name): (&Token, u8, &str),
+    exported: &[u8; 32],
+) -> Result<Vec<u8>, KeyError> {
+    let key = token.key()?;
+    let proof = key.sign(&proof_message(exported, identity.id(), role, name));
+    Ok([&PROOF_TAG[..], &[role], &key.public().0, &proof, name.as_bytes()].concat())
+}
+
 async fn prove(
     mut send: SendStream,
     mut recv: RecvStream,
     identity: &Identity,
     (token, name, exported): (&Token, &str, &[u8; 32]),
 ) -> Result<String, Failure> {
-    let key = token.key().map_err(|error| Failure::Final(error.into()))?;
-    let role = token.role as u8;
-    let proof = key.sign(&proof_message(exported, identity.id(), role, name));
-    let request = [&PROOF_TAG[..], &[role], &key.public().0, &proof, name.as_bytes()].concat();
+    let request = request(identity, (token, token.role as u8, name), exported)
+        .map_err(|error| Failure::Final(error.into()))?;
     send.write_all(&request).await.map_err(Failure::broken)?;
     // Fails on a closed stream only, which the read notices.
     drop(send.finish());

@@ -278,7 +278,7 @@ fn parse(text: &str) -> Option<(Admission, Seen)> {
 
 fn from_hex(digits: &str) -> Option<Vec<u8>> {
     let pair = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-    (digits.is_ascii() && digits.len().is_multiple_of(2))
+    (digits.bytes().all(|digit| digit.is_ascii_hexdigit()) && digits.len().is_multiple_of(2))
         .then(|| digits.as_bytes().chunks(2).map(pair).collect())
         .flatten()
 }

@@ -57,13 +57,13 @@ pub enum RosterError {
     #[error("a roster cannot have epoch {0}")]
     Epoch(u64),
     /// Two machines have one name.
-    #[error("two machines of the roster are named `{0}`")]
+    #[error("two machines of the roster are named `{}`", .0.escape_debug())]
     DuplicateName(String),
     /// Two machines have one key.
     #[error("two machines of the roster have the key {0}")]
     DuplicateKey(NodeId),
     /// A name is empty, too long, or has characters that do not belong in a name.
-    #[error("`{0}` is no name for a machine: 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` or `.`")]
+    #[error("`{}` is no name for a machine: 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` or `.`", .0.escape_debug())]
     Name(String),
     /// A role this version does not know.
     #[error("a machine of the roster has the unknown role {0}; update this machine")]

@@ -108,13 +108,16 @@ impl Stored {
         }
         let epoch = lines.numbers("epoch ", 1)?[0];
         let wishes = lines.numbers("wishes ", 10)?;
-        let copies = match wishes[0] {
-            0 => Copies::Auto,
-            copies => Copies::Exactly(copies as u8),
+        let small = |number: u64| u16::try_from(number).map_err(|_| lines.wrong("numbers in their range"));
+        let copies = match u8::try_from(wishes[0]) {
+            Ok(0) => Copies::Auto,
+            Ok(copies) => Copies::Exactly(copies),
+            Err(_) => return Err(lines.wrong("numbers in their range")),
         };
         let router = machine(&wishes[3..]);
-        let wishes = Wishes { copies, slices: wishes[1] != 0, router_experts: wishes[2] as u16, router };
-        let cuts = lines.numbers("cuts ", 1)?[0] as u16;
+        let wishes = Wishes { copies, slices: wishes[1] != 0, router_experts: small(wishes[2])?, router };
+        let cuts = lines.numbers("cuts ", 1)?[0];
+        let cuts = u16::try_from(cuts).map_err(|_| lines.wrong("a number in its range"))?;
         let mut capacities = Vec::new();
         // By the text's number of a node, its position here.
         let mut nodes: Vec<Option<NodeIndex>> = Vec::new();

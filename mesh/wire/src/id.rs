@@ -15,7 +15,8 @@ impl NodeId {
     /// Parses `to_hex`.
     pub fn from_hex(text: &str) -> Option<NodeId> {
         let bytes = text.as_bytes();
-        if bytes.len() != 64 || !text.is_ascii() {
+        // Digits only: Rust would take a sign in front of a number, too.
+        if bytes.len() != 64 || !bytes.iter().all(u8::is_ascii_hexdigit) {
             return None;
         }
         let mut key = [0; 32];

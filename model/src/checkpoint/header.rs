@@ -133,8 +133,12 @@ fn entry(raw: &RawTensor) -> Result<Entry, String> {
         return Err(format!("{} dimensions, at most {MAX_RANK} are read", raw.shape.len()));
     }
     let [begin, end] = raw.data_offsets;
-    let bits = raw.shape.iter().try_fold(bits, |bits, size| bits.checked_mul(*size));
-    let Some(bits) = bits else { return Err(format!("shape {:?} overflows", raw.shape)) };
+    // Also without the sizes that are 0: rows of a tensor that has none are multiplied, too.
+    let elements =
+        |least: u64| raw.shape.iter().try_fold(bits, |bits, size| bits.checked_mul((*size).max(least)));
+    let (Some(bits), Some(_)) = (elements(0), elements(1)) else {
+        return Err(format!("shape {:?} overflows", raw.shape));
+    };
     if end < begin || (end - begin).checked_mul(8) != Some(bits) {
         let expected = bits.div_ceil(8);
         return Err(format!(

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use crate::checkpoint::CheckpointError;
 use crate::config::parse::ConfigError;
+use crate::json::shown;
 use crate::packed::manifest::ManifestError;
 
 /// Why a model could not be packed; names file and tensor and says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct PackError(pub String);
 
 /// Reports of long work: bytes done, bytes in all, and what is being done.

@@ -14,7 +14,7 @@ use crate::checkpoint::{is_plain_name, map_regular, read_limited};
 use crate::config::parse::check;
 use crate::config::{Ffn, ModelConfig};
 use crate::format::Format;
-use crate::json;
+use crate::json::{self, shown};
 use crate::packed::{TensorName, expert_tensors, kind, router_tensors};
 use crate::region::Bytes;
 
@@ -31,7 +31,7 @@ const STEP_RANGE: std::ops::RangeInclusive<i8> = -100..=100;
 
 /// Why a packed directory cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct ManifestError(pub String);
 
 /// The contents of `manifest.json`.

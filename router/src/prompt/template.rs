@@ -6,8 +6,11 @@
 //! reasoning is known under all its names). Golden files rendered by transformers guard it. Price: a template
 //! that needs more of Python than that fails with minijinja's message.
 //!
-//! Templates come with models and are not trusted: instructions, recursion and output are bounded, and there is
-//! no loader, so nothing can be included.
+//! Templates come with models and are not trusted: source, instructions, recursion and output are bounded, and there is
+//! no loader, so nothing can be included. What is nested deeply, in the source or in a value, takes stack, which a
+//! thread of its own has: a stack that overflows ends the process. Not bounded is what one instruction may do: minijinja
+//! lets a string be repeated to 100 MB, and joined to itself as often as it fits in memory. So a model's template is to
+//! be trusted as far as its weights are.
 
 mod python;
 
@@ -16,6 +19,7 @@ use std::time::UNIX_EPOCH;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value as Jinja, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use model::json::shown;
 use serde_json::{Map, Value};
 
 use super::Chat;
@@ -26,8 +30,14 @@ pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' 
      message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
      {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
-/// Template instructions per rendering: about a second of work; a long chat takes some ten thousand.
-const FUEL: u64 = 20_000_000;
+/// Source bytes at most: several times the longest of a published model.
+const SOURCE_BYTES_MAX: usize = 128 << 10;
+/// Template instructions per rendering: a tenth of a second of work; a long chat takes some ten thousand, one of as many
+/// messages as a request may have some hundred thousand.
+const FUEL: u64 = 2_000_000;
+/// Stack of compiling and rendering. Operators in a row (`not not ...`) and lists in lists take a frame each, to read, to
+/// print and to free: as many as the source has bytes, or as a fifth of the instructions. Only what is used is taken.
+const STACK_BYTES: usize = 512 << 20;
 /// Nested calls, loops and blocks; real templates stay below 20. Rendering threads have 2 MB of stack.
 const RECURSION_MAX: usize = 200;
 /// Rendered bytes at most: four times the largest request body.
@@ -41,7 +51,7 @@ const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// A chat the template does not take, in its words or minijinja's.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
+#[error("{}", shown(.0))]
 pub struct TemplateError(pub String);
 
 /// A compiled template.
@@ -54,6 +64,14 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// Compiles `source`.
     pub fn new(source: &str) -> Result<ChatTemplate, TemplateError> {
+        if source.len() > SOURCE_BYTES_MAX {
+            let bytes = source.len();
+            return Err(TemplateError(format!("{bytes} bytes long; at most {SOURCE_BYTES_MAX} are read")));
+        }
+        with_stack(|| ChatTemplate::compile(source))
+    }
+
+    fn compile(source: &str) -> Result<ChatTemplate, TemplateError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| TemplateError(describe(&error)))?);
@@ -89,6 +107,10 @@ impl ChatTemplate {
 
     /// The conversation as text.
     pub fn render(&self, chat: &Chat, special: &SpecialTokens) -> Result<String, TemplateError> {
+        with_stack(|| self.rendered(chat, special))
+    }
+
+    fn rendered(&self, chat: &Chat, special: &SpecialTokens) -> Result<String, TemplateError> {
         if chat.messages.is_empty() {
             return Err(TemplateError("the conversation is empty; send at least one message".into()));
         }
@@ -109,6 +131,16 @@ impl ChatTemplate {
             .map_err(|error| TemplateError(describe(&error)))?;
         String::from_utf8(output.0).map_err(|error| TemplateError(error.to_string()))
     }
+}
+
+/// Does the work on a thread with `STACK_BYTES`; the price is some tens of microseconds.
+fn with_stack<T: Send>(work: impl FnOnce() -> Result<T, TemplateError> + Send) -> Result<T, TemplateError> {
+    let failed = |what: &dyn std::fmt::Display| TemplateError(format!("the chat template's thread: {what}"));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK_BYTES);
+        let thread = thread.spawn_scoped(scope, work).map_err(|error| failed(&error))?;
+        thread.join().unwrap_or_else(|_| Err(failed(&"it panicked; its message says why")))
+    })
 }
 
 /// The error's own words and those of its causes, without the source dump.

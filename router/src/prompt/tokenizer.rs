@@ -22,26 +22,32 @@ const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 pub(super) enum Encoder {
     /// Tokens are bytes.
     Bytes,
-    /// As the file says.
-    File(Box<Tokenizer>),
+    /// As the file says, for a model of so many tokens.
+    File(Box<Tokenizer>, usize),
 }
 
 impl Encoder {
     pub(super) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, PromptError> {
-        let tokenizer = match self {
+        let (tokenizer, vocab) = match self {
             Encoder::Bytes => return Ok(text.bytes().map(u32::from).collect()),
-            Encoder::File(tokenizer) => tokenizer,
+            Encoder::File(tokenizer, vocab) => (tokenizer, *vocab),
         };
         let encoding = guarded("tokenizing", || tokenizer.encode_fast(text, add_special))?;
         let encoding =
             encoding.map_err(|error| PromptError(format!("the text cannot be tokenized: {error}")))?;
+        // What is put around a text has ids of its own in the file, which no vocabulary vouches for.
+        if let Some(id) = encoding.get_ids().iter().find(|id| **id as usize >= vocab) {
+            return Err(PromptError(format!(
+                "tokenizer.json adds token {id}, but the model's vocabulary has {vocab}; the files do not belong together"
+            )));
+        }
         Ok(encoding.get_ids().to_vec())
     }
 
     pub(super) fn token_id(&self, token: &str) -> Option<u32> {
         match self {
             Encoder::Bytes => None,
-            Encoder::File(tokenizer) => tokenizer.token_to_id(token),
+            Encoder::File(tokenizer, _) => tokenizer.token_to_id(token),
         }
     }
 }
@@ -74,7 +80,7 @@ pub(super) fn open(directory: &Path, vocab: usize) -> Result<(Encoder, Vocabular
     let decoding = Decoding::of(&decoder).map_err(|error| failed(&error))?;
     let vocabulary = guarded("reading the vocabulary", || vocabulary(&tokenizer, &decoding, vocab))?
         .map_err(|error| failed(&error))?;
-    Ok((Encoder::File(Box::new(tokenizer)), vocabulary))
+    Ok((Encoder::File(Box::new(tokenizer), vocab), vocabulary))
 }
 
 /// How tokens spell bytes.

@@ -6,7 +6,7 @@
 use super::Complaint;
 
 /// (crate, its dependencies among ours).
-const LAYERS: [(&str, &[&str]); 9] = [
+const LAYERS: [(&str, &[&str]); 10] = [
     ("mesh-wire", &[]),
     ("mesh-proto", &["mesh-wire"]),
     ("mesh-net", &["mesh-proto", "mesh-wire"]),
@@ -16,6 +16,7 @@ const LAYERS: [(&str, &[&str]); 9] = [
     ("moemesh", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-benches", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-tests", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "moemesh", "router"]),
+    ("moemesh-fuzz", &["moemesh-tests"]),
 ];
 
 /// (crate, dependencies that would break what it stands for, why).

@@ -15,7 +15,6 @@ use crate::hub::Hub;
 use crate::identity::Identity;
 use crate::join::{
     self, Doorway, EXPORTER_LABEL, JOINS_MAX, JoinError, MESSAGE_BYTES_MAX, STATEMENT_BYTES, join,
-    proof_message,
 };
 use crate::membership::Membership;
 use crate::roster::Role;
@@ -214,9 +213,7 @@ impl RawJoiner {
     fn request(&self, token: &Token, role: u8) -> Vec<u8> {
         let mut exported = [0; 32];
         self.connection.export_keying_material(&mut exported, EXPORTER_LABEL, b"").unwrap();
-        let key = token.key().unwrap();
-        let proof = key.sign(&proof_message(&exported, self.identity.id(), role, "pi"));
-        [b"moemesh-proof-1\n", &[role][..], &key.public().0, &proof, b"pi"].concat()
+        join::request(&self.identity, (token, role, "pi"), &exported).unwrap()
     }
 
     /// Says this and hears the code of the answer; `None` where the router closed instead.

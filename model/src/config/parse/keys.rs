@@ -6,9 +6,11 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
+use crate::json::shown;
+
 /// Why a `config.json` was refused; names the key, what was found and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("config.json: {0}")]
+#[error("config.json: {}", shown(.0))]
 pub struct ConfigError(pub String);
 
 /// Keys that change nothing in inference: training, dropout, caches, ids, labels, versions, output options and

@@ -1,7 +1,7 @@
 //! What Python prints: floats, JSON and times, for templates that must render byte for byte as it does.
 //!
 //! `float` follows `repr(float)`, `JsonStyle` follows `json.dumps`, `strftime` follows the C locale in UTC
-//! (transformers uses local time; a router's time zone should not change what a model reads). Depth and unknown
+//! (transformers uses local time; a router's time zone should not change what a model reads). Depth, length and unknown
 //! directives are refused.
 
 use minijinja::value::{Value, ValueKind, from_args};
@@ -9,6 +9,9 @@ use minijinja::{Error, ErrorKind, State};
 
 /// Deepest nesting of a value turned into JSON; request bodies are limited to 128 by their parser.
 const DEPTH_MAX: usize = 200;
+
+/// Longest JSON in bytes: as long as a whole rendering may become. A list can claim a hundred million items.
+const JSON_BYTES_MAX: usize = super::OUTPUT_BYTES_MAX;
 
 /// `repr(value)`: the shortest digits that read back the same, scientific from 1e16 and below 1e-4.
 pub(super) fn float(value: f64) -> String {
@@ -58,35 +61,27 @@ impl JsonStyle {
             ValueKind::Number => output.push_str(&json_float(f64::try_from(value.clone())?)),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), output),
             ValueKind::Seq | ValueKind::Iterable => {
-                let mut items = Vec::new();
-                for item in value.try_iter()? {
-                    let mut text = String::new();
-                    self.write(&item, depth + 1, &mut text)?;
-                    items.push(text);
-                }
-                self.enclose(['[', ']'], &items, depth, output);
+                let write = |item: &Value, output: &mut String| self.write(item, depth + 1, output);
+                self.enclose(['[', ']'], (value.try_iter()?, &write), depth, output)?;
             }
             ValueKind::Map => {
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
                 if self.sorted {
                     keys.sort();
                 }
-                let mut items = Vec::new();
-                for key in keys {
-                    let mut text = String::new();
+                let write = |key: &Value, output: &mut String| {
                     match key.as_str() {
-                        Some(name) => self.string(name, &mut text),
+                        Some(name) => self.string(name, output),
                         None => {
                             let mut name = String::new();
-                            self.write(&key, depth + 1, &mut name)?;
-                            self.string(&name, &mut text);
+                            self.write(key, depth + 1, &mut name)?;
+                            self.string(&name, output);
                         }
                     }
-                    text.push_str(&self.key);
-                    self.write(&value.get_item(&key)?, depth + 1, &mut text)?;
-                    items.push(text);
-                }
-                self.enclose(['{', '}'], &items, depth, output);
+                    output.push_str(&self.key);
+                    self.write(&value.get_item(key)?, depth + 1, output)
+                };
+                self.enclose(['{', '}'], (keys.into_iter(), &write), depth, output)?;
             }
             kind => {
                 let message = format!("tojson: {kind} is not JSON serializable");
@@ -96,26 +91,42 @@ impl JsonStyle {
         Ok(())
     }
 
-    fn enclose(&self, [open, close]: [char; 2], items: &[String], depth: usize, output: &mut String) {
+    fn enclose(
+        &self,
+        [open, close]: [char; 2],
+        (items, write): (impl Iterator<Item = Value>, &dyn Fn(&Value, &mut String) -> Result<(), Error>),
+        depth: usize,
+        output: &mut String,
+    ) -> Result<(), Error> {
         output.push(open);
-        for (index, item) in items.iter().enumerate() {
-            if index > 0 {
+        let mut is_empty = true;
+        for item in items {
+            if !is_empty {
                 output.push_str(&self.item);
             }
-            self.line(depth + 1, output);
-            output.push_str(item);
+            is_empty = false;
+            self.line(depth + 1, output)?;
+            write(&item, output)?;
         }
-        if !items.is_empty() {
-            self.line(depth, output);
+        if !is_empty {
+            self.line(depth, output)?;
         }
         output.push(close);
+        Ok(())
     }
 
-    fn line(&self, depth: usize, output: &mut String) {
+    /// Begins a line, if there are to be several, unless what there is by now is too long.
+    fn line(&self, depth: usize, output: &mut String) -> Result<(), Error> {
+        let indent = self.indent.as_ref().map_or(0, |indent| depth * indent.len());
+        if output.len() + indent > JSON_BYTES_MAX {
+            let message = format!("tojson: longer than {JSON_BYTES_MAX} bytes");
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
         if let Some(indent) = &self.indent {
             output.push('\n');
             (0..depth).for_each(|_| output.push_str(indent));
         }
+        Ok(())
     }
 
     fn string(&self, text: &str, output: &mut String) {
