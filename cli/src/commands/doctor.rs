@@ -47,7 +47,7 @@ struct Check {
 }
 
 /// All of them, in the order in which they were made.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 struct Report {
     checks: Vec<Check>,
 }

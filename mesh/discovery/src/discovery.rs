@@ -136,7 +136,7 @@ fn live(config: &DiscoveryConfig, tally: &Tally, mut stop: watch::Receiver<bool>
         if began.elapsed() >= LIVED_WELL {
             rest = REST_FIRST;
         }
-        tracing::warn!(what, rest_s = rest.as_secs(), "discovery rests; somebody floods this network?");
+        tracing::warn!(what, rest_s = rest.as_secs(), "discovery rests");
         if !wait(rest, &mut stop) {
             return;
         }

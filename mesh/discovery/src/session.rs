@@ -62,8 +62,6 @@ pub(crate) struct Session {
     /// Roster that the allow-list follows.
     epoch: Option<u64>,
     tally: Tally,
-    began: Instant,
-    used_before: Option<Duration>,
 }
 
 impl Session {
@@ -82,8 +80,6 @@ impl Session {
             dialed: HashMap::new(),
             epoch: None,
             tally,
-            began: Instant::now(),
-            used_before: budget::used(),
         };
         session.follow_roster();
         session
@@ -105,13 +101,15 @@ impl Session {
 
     /// Lives until it is told to end, or hears too much.
     pub(crate) async fn run(mut self, stop: &mut watch::Receiver<bool>) -> Over {
+        // Here, as the time is that of the thread which runs this.
+        let spent = Spent::begin();
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => return Over::Stopped,
                 _ = ticks.tick() => {
-                    if let Some(flood) = self.costs_too_much() {
+                    if let Some(flood) = spent.too_much() {
                         return flood;
                     }
                     self.follow_roster();
@@ -124,14 +122,6 @@ impl Session {
                 }
             }
         }
-    }
-
-    fn costs_too_much(&self) -> Option<Over> {
-        let used = budget::used()?.checked_sub(self.used_before?)?;
-        let lived = self.began.elapsed();
-        (!budget::allows(lived, used)).then(|| {
-            Over::Flooded(format!("{} ms of CPU time within {} s", used.as_millis(), lived.as_secs()))
-        })
     }
 
     /// Makes the allow-list the roster; who is no longer in it is cut off.
@@ -223,7 +213,7 @@ impl Session {
                 self.candidates.hear(address);
             }
         }
-        (known > RECORDS_MAX).then(|| Over::Flooded(format!("{known} mDNS records")))
+        (known > RECORDS_MAX).then(|| Over::Flooded(format!("{known} mDNS records: a flood?")))
     }
 
     /// A connection: who was dialed is asked.
@@ -280,6 +270,25 @@ impl Session {
     }
 }
 
+/// What this thread had used when a session began on it.
+struct Spent(Instant, Option<Duration>);
+
+impl Spent {
+    fn begin() -> Spent {
+        Spent(Instant::now(), budget::used())
+    }
+
+    /// The end of a session that took more than its share since.
+    fn too_much(&self) -> Option<Over> {
+        let used = budget::used()?.checked_sub(self.1?)?;
+        let lived = self.0.elapsed();
+        (!budget::allows(lived, used)).then(|| {
+            let (used, lived) = (used.as_millis(), lived.as_secs());
+            Over::Flooded(format!("{used} ms of CPU time within {lived} s: a flood?"))
+        })
+    }
+}
+
 /// `/ip4/10.0.0.1/tcp/8622`.
 pub(crate) fn to_multiaddr(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
@@ -301,6 +310,21 @@ fn to_socket(address: &Multiaddr) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_session_that_takes_too_much_of_a_core_ends() {
+        let spent = Spent::begin();
+        assert_eq!(spent.too_much(), None);
+        let mut number = 1_u64;
+        let over = loop {
+            (0..100_000).for_each(|_| number = std::hint::black_box(number.wrapping_mul(3)));
+            if let Some(over) = spent.too_much() {
+                break over;
+            }
+        };
+        assert!(matches!(over, Over::Flooded(what) if what.contains("CPU time")));
+    }
 
     #[test]
     fn only_plain_tcp_addresses_are_dialed() {

@@ -67,7 +67,7 @@ pub(super) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 /// A node's side.
 fn look_at_router(report: &mut Report, state: &Path, host: Option<&str>) {
     let membership = member(report, state);
-    let known = membership.as_ref().map_or(&[][..], |membership| &membership.admission().addresses);
+    let known = membership.as_ref().map_or(&[][..], |membership| membership.admission().addresses.as_slice());
     let addresses = match host {
         None if known.is_empty() => {
             let what = "no address of the router is known";
