@@ -11,6 +11,8 @@ mod children;
 
 mod client;
 
+mod discovery;
+
 mod model_options;
 
 mod output;
@@ -52,6 +54,9 @@ enum Command {
     Token(commands::token::Options),
     /// Show the nodes of a running router, or shut one out
     Nodes(commands::nodes::Options),
+    /// Say why two machines do not work together
+    #[command(subcommand)]
+    Doctor(commands::doctor::Command),
     /// Say how a cluster would run a model: whether it fits, how fast, and what bounds it
     Plan(commands::plan::Options),
     /// Run a prompt in one process, without a mesh: the yardstick of every cluster
@@ -78,6 +83,7 @@ fn main() -> ExitCode {
         Command::Run(options) => commands::run::run(&options),
         Command::Token(options) => commands::token::run(&options),
         Command::Nodes(options) => commands::nodes::run(&options),
+        Command::Doctor(command) => commands::doctor::run(&command),
         Command::Plan(options) => commands::plan::run(&options),
         Command::Reference(options) => commands::reference::run(&options),
         Command::Eval(command) => commands::eval::run(&command),

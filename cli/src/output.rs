@@ -9,8 +9,11 @@ use serde::Serialize;
 /// Logs go to standard error: warnings and worse unless asked for more.
 pub(crate) fn start_logging(verbose: u8) {
     let default = match verbose {
-        0 => "warn",
-        1 => "info,model=debug,router=debug,expert_node=debug,mesh_net=debug,moemesh=debug",
+        // Of libp2p only what it says itself: a cable that is pulled is an error to it, every few seconds.
+        0 => "warn,libp2p=off",
+        1 => {
+            "info,libp2p=off,mesh_discovery=debug,model=debug,router=debug,expert_node=debug,mesh_net=debug,moemesh=debug"
+        }
         _ => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()

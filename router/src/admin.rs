@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use mesh_net::authority::AuthorityError;
 use mesh_net::hub::Hub;
+use mesh_proto::cluster::NodeState;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
@@ -27,6 +28,9 @@ const SOCKET: &str = "admin.sock";
 
 /// Bytes of a question or an answer: a token with all its addresses takes a tenth.
 pub const LINE_BYTES_MAX: u64 = 4096;
+
+/// Nodes that an answer tells of: with the longest names they take 3 kB.
+pub const NODES_TOLD_MAX: usize = 16;
 
 /// Questions under way at a time.
 pub const QUESTIONS_MAX: usize = 4;
@@ -50,6 +54,8 @@ pub enum Question {
         /// Its name, or the first digits of its key.
         node: String,
     },
+    /// Where the router is, and its nodes.
+    Where,
     /// To let a quarantined node back in.
     Pardon {
         /// Its name.
@@ -77,8 +83,29 @@ pub enum Answer {
         /// The roster's number now.
         epoch: u64,
     },
+    /// Where everybody is.
+    Where {
+        /// UDP address the router listens on.
+        listen: SocketAddr,
+        /// Where other machines reach it.
+        addresses: Vec<SocketAddr>,
+        /// Its nodes, those that are not connected first, at most `NODES_TOLD_MAX`.
+        nodes: Vec<Whereabouts>,
+    },
     /// Why not, and what to do.
     Error(String),
+}
+
+/// A node, as the router sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Whereabouts {
+    /// Its name.
+    pub name: String,
+    /// Where it is connected from; `None`: it is not.
+    pub address: Option<SocketAddr>,
+    /// What it does.
+    pub state: String,
 }
 
 /// Why there is no answer.
@@ -198,10 +225,28 @@ fn decide(hub: &Hub, question: Question) -> Answer {
                 addresses: token.addresses,
             })
         }
+        Question::Where => Ok(whereabouts(hub)),
         Question::Revoke { node } => hub.revoke(&node).map(|machine| done(machine.name)),
         Question::Pardon { node } => hub.pardon(&node).map(|()| done(node)),
     };
     decided.unwrap_or_else(|error| Answer::Error(error.to_string()))
+}
+
+fn whereabouts(hub: &Hub) -> Answer {
+    let mut nodes: Vec<_> = hub
+        .nodes()
+        .into_iter()
+        .filter(|node| node.cluster.state != NodeState::Revoked)
+        .map(|node| Whereabouts {
+            name: node.name,
+            address: node.address,
+            state: node.cluster.state.to_string(),
+        })
+        .collect();
+    nodes.sort_by_key(|node| node.address.is_some());
+    nodes.truncate(NODES_TOLD_MAX);
+    let listen = hub.local_addr();
+    Answer::Where { listen, addresses: reachable::addresses(listen), nodes }
 }
 
 /// Asks the router whose state is in this folder.

@@ -166,6 +166,8 @@ class Lan:
         self.cut: set[str] = set()
         self.quotas: dict[str, pathlib.Path] = {}
         self.usurped: list[tuple[str, str]] = []
+        # Machines that were given another address, and the one they had.
+        self.moved: dict[str, str] = {}
         self.made: list[str] = []
 
     def build(self) -> None:
@@ -322,8 +324,27 @@ class Lan:
             if other != machine:
                 run("ip", "-n", self.namespace(other), "neighbour", "flush", "dev", "eth0")
 
+    def move(self, machine: str, last: int) -> None:
+        """The machine gets another address, as from a DHCP server; nobody is told. The old one is nobody's."""
+        before, after = self.address[machine], f"{SUBNET}{last}"
+        self.moved.setdefault(machine, before)
+        batch(
+            self.namespace(machine), f"address add {after}/24 dev eth0", f"address del {before}/24 dev eth0"
+        )
+        self.address[machine] = after
+
+    def deaf_to_multicast(self, machine: str) -> None:
+        """The machine hears no multicast, as on Wi-Fi that keeps its clients apart, or behind a router."""
+        self.drop(machine, "ip daddr 224.0.0.0/4 counter drop")
+        self.drop(machine, "ip6 daddr ff00::/8 counter drop")
+
     def heal(self) -> None:
         """Everything is whole again."""
+        for machine, before in self.moved.items():
+            after = self.address[machine]
+            batch(self.namespace(machine), f"address add {before}/24 dev eth0", f"address del {after}/24 dev eth0")
+            self.address[machine] = before
+        self.moved.clear()
         for machine in list(self.relays):
             self.straighten(machine)
         for usurper, machine in self.usurped:

@@ -8,6 +8,7 @@ import random
 import socket
 import unittest
 
+import mdns
 import oracles
 import relay
 from client import Outcome, Story, Told, find_secret, refusal, unchunked
@@ -226,7 +227,22 @@ class Rows(unittest.TestCase):
     def test_every_row_of_the_issue_is_there(self) -> None:
         script("lab")
         rows = {int("".join(filter(str.isdigit, entry.row))) for entry in chosen(None)}
-        self.assertEqual(rows, {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 16, 18, 23, 27, 28, 29, 30, 31, 36, 39})
+        self.assertEqual(rows, {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 16, 18, 23, 27, 28, 29, 30, 31, 32, 36, 39})
+
+
+class Claims(unittest.TestCase):
+    def test_a_peer_id_is_the_key_as_libp2p_writes_it(self) -> None:
+        # Of the public key whose secret half is 32 bytes of 1.
+        key = bytes.fromhex("8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c")
+        self.assertEqual(mdns.peer_id(key), "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5")
+
+    def test_a_packet_has_a_record_and_a_text_for_each_claim_and_fits_into_a_frame(self) -> None:
+        claims = [(bytes([number]) * 32, "10.77.0.7", 60_000 + number) for number in range(mdns.NAMES_PER_PACKET)]
+        sent = mdns.packet(claims)
+        self.assertLess(len(sent), 1400)
+        self.assertEqual(sent.count(mdns.SERVICE), len(claims))
+        for key, address, port in claims:
+            self.assertIn(f"dnsaddr=/ip4/{address}/tcp/{port}/p2p/{mdns.peer_id(key)}".encode(), sent)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ mod harness;
 
 mod api;
 mod commands;
+mod doctor;
 mod errors;
 mod failover;
 mod kernels;

@@ -18,6 +18,7 @@ use mesh_net::tickets::Refused;
 use mesh_net::token::{TEXT_BYTES_MAX, Token};
 use model::kernel::paced::paced;
 
+use crate::discovery::{self, Mode};
 use crate::model_options::{ModelOptions, parse_pace};
 use crate::{memory, output, signals, state};
 
@@ -57,6 +58,10 @@ pub(crate) struct Options {
     /// Address of the router, host:port (may be repeated; tried in order) [default: those of the token]
     #[arg(long)]
     router: Vec<String>,
+    /// How to find the router if it is at none of its addresses any more. mdns: by multicast on the LAN. off: not at
+    /// all [default: mdns, unless the router is on this machine]
+    #[arg(long, value_enum)]
+    discovery: Option<Mode>,
     /// Memory for experts, in MiB [default: three quarters of what the machine has]
     #[arg(long)]
     memory: Option<u64>,
@@ -104,6 +109,8 @@ fn serve(options: &Options) -> anyhow::Result<ExitCode> {
             router.to_socket_addrs().with_context(|| format!("find the router at '{router}' (host:port)"))?;
         routers.extend(found);
     }
+    // Lives until the node has ended; what it finds the station reads.
+    let _discovery = discovery::of_node(options.discovery, &membership, &routers);
     let model = options.model.open()?;
     let (kernels, _) = options.model.load_kernels(&model)?;
     let kernels = paced(kernels, options.pace_gb_s);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
+use mesh_discovery::discovery::PORT;
 use mesh_net::authority::Authority;
 use mesh_net::hub::HubConfig;
 use mesh_proto::placement::Copies;
@@ -17,6 +18,7 @@ use model::kernel::paced::paced;
 use router::serve::{MeshConfig, Milestone, Resident, RouterConfig};
 use serde_json::json;
 
+use crate::discovery::{self, Mode};
 use crate::model_options::{ModelOptions, parse_pace};
 use crate::output::{self, Progress};
 use crate::{memory, signals, state};
@@ -39,6 +41,14 @@ pub(crate) struct Options {
     /// UDP address that nodes dial; 0.0.0.0:8621 for nodes on other machines
     #[arg(long, default_value_t = HubConfig::LISTEN)]
     listen: SocketAddr,
+    /// Whether nodes find this router when its address changes. mdns: it is announced by multicast on the LAN, to
+    /// everybody, and says to its nodes where it is. off: nodes know it by its addresses only [default: mdns, unless
+    /// --listen is an address of this machine alone]
+    #[arg(long, value_enum, conflicts_with = "alone")]
+    discovery: Option<Mode>,
+    /// TCP port at which nodes ask where the router is (libp2p); 0 for any
+    #[arg(long, default_value_t = PORT)]
+    libp2p_port: u16,
     /// TCP address of the API; any but loopback needs an API key
     #[arg(long, default_value = "127.0.0.1:8620")]
     http: SocketAddr,
@@ -120,6 +130,7 @@ pub(crate) fn parse_replicas(text: &str) -> Result<Copies, String> {
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mesh = if options.alone { None } else { Some(open_cluster(&options)?) };
     let hint = mesh.as_ref().map(|mesh| join_hint(&mesh.authority, &options));
+    let authority = mesh.as_ref().map(|mesh| Arc::clone(&mesh.authority));
     let model = options.model.open()?;
     let (kernels, native) = options.model.load_kernels(&model)?;
     let kernels = paced(kernels, options.pace_gb_s);
@@ -157,9 +168,14 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
         }
     };
     let mut loading = Progress::new();
+    let mut _discovery = None;
     let reached = |milestone| match milestone {
         Milestone::Loading { done, total } if !announce => loading.show(done, total, "loading experts"),
         milestone => {
+            if let (Milestone::Listening { mesh: Some(mesh), .. }, Some(authority)) = (milestone, &authority)
+            {
+                _discovery = discovery::of_router(options.discovery, options.libp2p_port, authority, mesh);
+            }
             loading.finish();
             report(milestone, announce, &name, hint.as_deref());
         }

@@ -63,7 +63,8 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DiskErr
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
-    _lock: File,
+    /// `None`: only to be looked at.
+    lock: Option<File>,
 }
 
 impl Folder {
@@ -84,10 +85,15 @@ impl Folder {
         let lock = path.join(LOCK);
         let file = private().create(true).truncate(false).open(&lock).map_err(io("open", &lock))?;
         match file.try_lock() {
-            Ok(()) => Ok(Folder { path: path.to_owned(), _lock: file }),
+            Ok(()) => Ok(Folder { path: path.to_owned(), lock: Some(file) }),
             Err(TryLockError::WouldBlock) => Err(DiskError::InUse(path.to_owned())),
             Err(TryLockError::Error(source)) => Err(io("lock", &lock)(source)),
         }
+    }
+
+    /// To read what is there, beside a process that uses the folder. Never writes; it may not even exist.
+    pub fn peek(path: &Path) -> Folder {
+        Folder { path: path.to_owned(), lock: None }
     }
 
     /// Where it is.
@@ -126,6 +132,9 @@ impl Folder {
     /// `Io`; then the old content is still there.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<(), DiskError> {
         let path = self.file(name);
+        if self.lock.is_none() {
+            return Err(DiskError::InUse(self.path.clone()));
+        }
         replace(&path, content).map_err(io("write", &path))
     }
 }

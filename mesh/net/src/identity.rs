@@ -58,6 +58,15 @@ impl Identity {
         Identity::from_seed(*SigningKey::load_or_create(folder, FILE, FILE_TAG)?.seed())
     }
 
+    /// The key of this state folder, if it has one.
+    ///
+    /// # Errors
+    /// `KeyError`.
+    pub fn peek(folder: &Folder) -> Result<Option<Identity>, KeyError> {
+        let key = SigningKey::load(folder, FILE, FILE_TAG)?;
+        key.map(|key| Identity::from_seed(*key.seed())).transpose()
+    }
+
     /// The public key.
     pub fn id(&self) -> NodeId {
         self.id
@@ -66,6 +75,12 @@ impl Identity {
     /// The self-signed certificate around it.
     pub fn certificate(&self) -> CertificateDer<'static> {
         self.certificate.clone()
+    }
+
+    /// The private half, for the other protocol in which this machine proves its key (`mesh-discovery`). What is signed
+    /// there begins with a word of its own, so a signature of one protocol is none of the other.
+    pub fn seed(&self) -> &[u8; 32] {
+        &self.seed
     }
 
     /// The private key, for TLS.

@@ -388,18 +388,24 @@ pub fn check_statement(
     token: &Token,
     peer: Option<NodeId>,
 ) -> Result<(NodeId, NodeId), &'static str> {
+    let (cluster, router) = read_statement(stated)?;
+    if cluster_hash(cluster) != token.cluster {
+        return Err("its cluster has another key");
+    }
+    if peer != Some(router) {
+        return Err("it passes on what the real router says");
+    }
+    Ok((cluster, router))
+}
+
+/// The cluster's and the router's key in a statement that the cluster's key has signed.
+pub(crate) fn read_statement(stated: &[u8; STATEMENT_BYTES]) -> Result<(NodeId, NodeId), &'static str> {
     let (message, signature) = stated.split_at(STATEMENT_BYTES - SIGNATURE_BYTES);
     let fields = message.strip_prefix(STATEMENT_TAG).ok_or("it speaks another version of joining")?;
     let field = |at: usize| fields[at..at + 32].try_into().map(NodeId).map_err(|_| "it is cut");
     let (cluster, router) = (field(0)?, field(32)?);
-    if cluster_hash(cluster) != token.cluster {
-        return Err("its cluster has another key");
-    }
     if !verify(cluster, message, signature) {
         return Err("the cluster's signature is missing");
-    }
-    if peer != Some(router) {
-        return Err("it passes on what the real router says");
     }
     Ok((cluster, router))
 }

@@ -35,6 +35,8 @@ mod tally;
 
 mod stream;
 
+pub mod look;
+
 pub mod join;
 
 pub mod authority;
@@ -42,6 +44,8 @@ pub mod authority;
 pub mod tickets;
 
 pub mod membership;
+
+pub mod suggestions;
 
 pub mod token;
 

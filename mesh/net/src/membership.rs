@@ -18,6 +18,7 @@ use crate::disk::{DiskError, Folder};
 use crate::identity::Identity;
 use crate::keys::{CLUSTER_FILE, KeyError};
 use crate::roster::{RosterError, SignedRoster, check_name};
+use crate::suggestions::Suggestions;
 use crate::token::{ADDRESSES_MAX, Token, cluster_hash};
 
 /// The file, and its first line.
@@ -119,6 +120,8 @@ pub struct Membership {
     identity: Identity,
     admission: Admission,
     seen: Mutex<Seen>,
+    /// Where machines of the cluster were found; not kept on disk.
+    suggestions: Suggestions,
     /// `None`: nothing outlives the process.
     folder: Option<Folder>,
 }
@@ -147,8 +150,22 @@ impl Membership {
         let unusable = || MembershipError::Content(folder.file(FILE).display().to_string());
         let text = std::str::from_utf8(&content).map_err(|_| unusable())?;
         let (admission, seen) = parse(text).ok_or_else(unusable)?;
-        let seen = Mutex::new(seen);
-        Ok(Opened::Member(Box::new(Membership { identity, admission, seen, folder: Some(folder) })))
+        Ok(Opened::Member(Box::new(Membership::new(identity, admission, seen, Some(folder)))))
+    }
+
+    /// Reads a node's state folder beside the process that uses it: nothing is made, locked or changed, then or later.
+    /// `None` where there is no membership.
+    ///
+    /// # Errors
+    /// `MembershipError`.
+    pub fn peek(path: &Path) -> Result<Option<Membership>, MembershipError> {
+        let folder = Folder::peek(path);
+        let Some(content) = folder.read(FILE)? else { return Ok(None) };
+        let unusable = || MembershipError::Content(folder.file(FILE).display().to_string());
+        let identity = Identity::peek(&folder)?.ok_or_else(unusable)?;
+        let text = std::str::from_utf8(&content).map_err(|_| unusable())?;
+        let (admission, seen) = parse(text).ok_or_else(unusable)?;
+        Ok(Some(Membership::new(identity, admission, seen, None)))
     }
 
     /// Keeps what was learned by joining.
@@ -162,12 +179,17 @@ impl Membership {
     ) -> Result<Membership, MembershipError> {
         let seen = Seen::default();
         folder.write(FILE, to_text(&admission, &seen).as_bytes())?;
-        Ok(Membership { identity, admission, seen: Mutex::new(seen), folder: Some(folder) })
+        Ok(Membership::new(identity, admission, seen, Some(folder)))
     }
 
     /// A membership that ends with the process: for measurements, and tests.
     pub fn in_memory(identity: Identity, admission: Admission) -> Membership {
-        Membership { identity, admission, seen: Mutex::default(), folder: None }
+        Membership::new(identity, admission, Seen::default(), None)
+    }
+
+    fn new(identity: Identity, admission: Admission, seen: Seen, folder: Option<Folder>) -> Membership {
+        let (seen, suggestions) = (Mutex::new(seen), Suggestions::default());
+        Membership { identity, admission, seen, suggestions, folder }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -184,6 +206,11 @@ impl Membership {
         &self.admission
     }
 
+    /// Where machines of the cluster were found, beside the addresses that joining told.
+    pub fn suggestions(&self) -> &Suggestions {
+        &self.suggestions
+    }
+
     /// Whether a token is for the cluster this machine is in.
     pub fn is_of(&self, token: &Token) -> bool {
         cluster_hash(self.admission.cluster) == token.cluster
@@ -192,6 +219,11 @@ impl Membership {
     /// Epoch of the newest roster seen, 0 for none.
     pub fn epoch(&self) -> u64 {
         self.seen().roster.as_ref().map_or(0, |roster| roster.roster().epoch)
+    }
+
+    /// The newest roster seen, if any.
+    pub fn roster(&self) -> Option<SignedRoster> {
+        self.seen().roster.clone()
     }
 
     /// Checks what a router says first on each connection, and whenever the roster changes; keeps it if it is newer.

@@ -280,13 +280,11 @@ enum End {
 
 impl Node {
     async fn stay_connected(self: &Arc<Node>, stop: &Stop) -> Result<(), StationError> {
-        let known = &self.config.membership.admission().addresses;
-        let routers = if self.config.routers.is_empty() { known } else { &self.config.routers };
         let (mut attempt, mut refusals) = (0_u32, 0_u32);
         loop {
             let (mut served, mut refused) = (false, false);
-            for address in routers {
-                match self.try_router(*address, stop).await {
+            for address in self.places() {
+                match self.try_router(address, stop).await {
                     Ok(End::Served) => served = true,
                     Ok(End::Refused) => refused = true,
                     Ok(End::Unreachable) => {}
@@ -307,6 +305,16 @@ impl Node {
                 return Ok(());
             }
         }
+    }
+
+    /// Where the router may be now: as configured or kept, then as discovery found it.
+    fn places(&self) -> Vec<SocketAddr> {
+        let (membership, given) = (&self.config.membership, &self.config.routers);
+        let admission = membership.admission();
+        let known = if given.is_empty() { &admission.addresses } else { given };
+        let found = membership.suggestions().of(admission.router);
+        let news = found.into_iter().filter(|address| !known.contains(address));
+        known.iter().copied().chain(news).collect()
     }
 
     /// One connection to this address, from dialing to its end.

@@ -8,6 +8,8 @@ mod helm;
 mod hostile;
 mod join;
 mod leaving;
+mod look;
+mod places;
 mod probes;
 mod roster;
 mod state;

@@ -1,28 +1,30 @@
 //! Which crate may depend on which: read off the manifests.
 //!
 //! `tests, benches, cli > {router, expert-node} > mesh-net > mesh-proto > mesh-wire` and
-//! `{router, expert-node} > model`. Router and node never see each other, mesh and model never meet.
+//! `{router, expert-node} > model`; `cli > mesh-discovery > mesh-net`. Router and node never see each other, mesh and model never meet.
 
 use super::Complaint;
 
 /// (crate, its dependencies among ours).
-const LAYERS: [(&str, &[&str]); 10] = [
+const LAYERS: [(&str, &[&str]); 11] = [
     ("mesh-wire", &[]),
     ("mesh-proto", &["mesh-wire"]),
     ("mesh-net", &["mesh-proto", "mesh-wire"]),
+    ("mesh-discovery", &["mesh-net", "mesh-wire"]),
     ("model", &[]),
     ("router", &["mesh-net", "mesh-proto", "mesh-wire", "model"]),
     ("expert-node", &["mesh-net", "mesh-proto", "mesh-wire", "model"]),
-    ("moemesh", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
+    ("moemesh", &["expert-node", "mesh-discovery", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-benches", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-tests", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "moemesh", "router"]),
     ("moemesh-fuzz", &["moemesh-tests"]),
 ];
 
 /// (crate, dependencies that would break what it stands for, why).
-const REFUSED: [(&str, &[&str], &str); 3] = [
+const REFUSED: [(&str, &[&str], &str); 4] = [
     ("model", &["axum", "hyper", "libp2p", "quinn", "tokio", "ureq"], "the model knows nothing of networks"),
     ("mesh-wire", &["axum", "hyper", "libp2p", "quinn", "tokio", "ureq"], "the wire is bytes, no IO"),
+    ("mesh-net", &["libp2p", "libp2p-gossipsub"], "discovery suggests; QUIC decides without it"),
     ("mesh-proto", &["libp2p", "quinn", "rand", "tokio", "tracing", "ureq"], "the protocol is pure state"),
 ];
 
