@@ -27,17 +27,17 @@ const WELL_FOR: u64 = 4;
 /// Stories told until a node has had the occasion to misbehave.
 const STORIES_MAX: usize = 20;
 
-fn tale() -> Arc<Model> {
+pub(super) fn tale() -> Arc<Model> {
     open(&moemesh_tests::tale_moe(), Format::Q4, CACHE.path())
 }
 
-fn wide() -> Arc<Model> {
+pub(super) fn wide() -> Arc<Model> {
     Arc::new(Model::open(WIDE, Format::Q4, CACHE.path(), &mut |_, _, _| {}).unwrap())
 }
 
 /// Every expert on so many of the nodes, next to each other. Made by hand: the experts are small, and what a planner
 /// makes of measurements on a busy machine may be to use one node.
-fn even(model: &Arc<Model>, nodes: u16, copies: u16) -> Table {
+pub(super) fn even(model: &Arc<Model>, nodes: u16, copies: u16) -> Table {
     let facts = router::serve::model_facts(model);
     let mut table = Table::empty(&facts);
     for layer in &facts.moe_layers {
@@ -48,7 +48,7 @@ fn even(model: &Arc<Model>, nodes: u16, copies: u16) -> Table {
     table
 }
 
-fn well() -> Part {
+pub(super) fn well() -> Part {
     Part::new(|_| Mood::Answer)
 }
 
@@ -57,7 +57,7 @@ fn then(mood: Mood) -> Part {
     Part::new(move |call| if call < WELL_FOR { Mood::Answer } else { mood })
 }
 
-fn story() -> GenerateRequest {
+pub(super) fn story() -> GenerateRequest {
     request(prompt(1, 40), 0.0, 120)
 }
 
@@ -142,7 +142,7 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
 }
 
 /// Every expert in two parts, each held by so many of the four nodes; some parts are the router's, in memory or not.
-fn cut(model: &Arc<Model>, copies: usize) -> Table {
+pub(super) fn cut(model: &Arc<Model>, copies: usize) -> Table {
     let facts = router::serve::model_facts(model);
     let mut table = Table::empty(&facts);
     let parts = |expert: u16| {

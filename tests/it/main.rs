@@ -9,6 +9,8 @@
 mod device;
 mod failures;
 
+mod audits;
+
 mod equivalence;
 
 mod golden;

@@ -10,6 +10,7 @@ mod api;
 mod commands;
 mod errors;
 mod failover;
+mod health;
 mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;

@@ -4,6 +4,8 @@ pub mod scripted;
 
 pub mod cluster;
 
+pub mod lies;
+
 use std::path::{Path, PathBuf};
 
 /// The top folder of the project.
