@@ -32,6 +32,8 @@ const SHARES: [f64; 3] = [0.001, 0.01, 0.1];
 const ROWS_MAX: u64 = 16;
 /// Calls that a liar is never found within: beyond any story, and far beyond the least likely of these.
 const CALLS_MAX: u64 = 100_000_000;
+/// Calls of which one is computed by the slowest instruction set.
+const SLOW_EVERY: u64 = 32;
 const LIAR: NodeIndex = 0;
 const REPLICA: NodeIndex = 1;
 
@@ -161,7 +163,7 @@ impl Study {
             let scale = 2_f64.powi(shift);
             sums.iter_mut().for_each(|sum| *sum = (*sum as f64 * scale).round() as i64);
         } else {
-            let index = call as usize % self.homes.len();
+            let index = set_for(call, self.homes.len());
             let x = sample.activations().expect("rows fit");
             self.homes[index].1.add(layer, x, &assignments, &mut sums).expect("it computes");
         }
@@ -212,6 +214,13 @@ impl Others for Replica<'_> {
     fn ask(&mut self, sample: &Sample, _: NodeIndex, pieces: &[Piece], _: usize) -> Option<Answer> {
         Some(self.study.answer(sample, pieces, (self.told, self.call)))
     }
+}
+
+/// Which of so many instruction sets, the slowest first, computes a call: the definition itself is too slow to have an
+/// equal part.
+fn set_for(call: u64, sets: usize) -> usize {
+    let fast = sets.saturating_sub(1) as u64;
+    if fast == 0 || call.is_multiple_of(SLOW_EVERY) { 0 } else { 1 + (call % fast) as usize }
 }
 
 fn secret(seed: u64) -> [u8; 32] {
