@@ -446,14 +446,6 @@ mod tests {
         metrics.node_nonsense("a", 2, 5);
         metrics.node_nonsense("a", 2, 7);
         metrics.node_quarantined("a", true);
-        metrics.node_audits("a", &AuditCounts { right: 3, ..AuditCounts::default() });
-        metrics.node_audits("a", &AuditCounts { right: 5, wrong: 1, ..AuditCounts::default() });
-        let shown = Vitals { temperature_mc: Some(71_900), throttled: Some(true), ..Vitals::default() };
-        metrics.node_vitals("a", &shown);
-        metrics.node_vitals("b", &shown);
-        metrics.node_vitals("b", &Vitals::default());
-        metrics.node_energy("a", Some(12));
-        metrics.node_energy("b", None);
         let knocks =
             HubCounters { handshakes_failed: 4, joins_refused: 3, deferred: 9, ..HubCounters::default() };
         metrics.strangers(&HubCounters { handshakes_failed: 2, ..knocks });
@@ -476,12 +468,6 @@ mod tests {
             "moemesh_node_stale_replies_total{node=\"a\"} 7",
             "moemesh_hedged_calls_total 3",
             "moemesh_node_quarantined{node=\"a\"} 1",
-            "moemesh_audits_total{node=\"a\",outcome=\"right\"} 5",
-            "moemesh_audits_total{node=\"a\",outcome=\"wrong\"} 1",
-            "moemesh_audits_total{node=\"a\",outcome=\"skipped\"} 0",
-            "moemesh_node_temperature_celsius{node=\"a\"} 71",
-            "moemesh_node_throttled{node=\"a\"} 1",
-            "moemesh_node_energy_joules_total{node=\"a\"} 12",
             "moemesh_handshakes_failed_total 4",
             "moemesh_joins_refused_total 3",
             "moemesh_connections_deferred_total 9",
@@ -490,7 +476,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        assert!(!text.contains("{node=\"b\"}"), "what is not known has no series\n{text}");
         let mut helped = std::collections::BTreeSet::new();
         for line in text.lines() {
             if let Some(rest) = line.strip_prefix("# HELP ") {
@@ -504,5 +489,30 @@ mod tests {
                 assert_eq!(kind == "counter", name.ends_with("_total"), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_machine_does_not_show_has_no_series() {
+        let metrics = Metrics::new().unwrap();
+        metrics.node_audits("a", &AuditCounts { right: 3, ..AuditCounts::default() });
+        metrics.node_audits("a", &AuditCounts { right: 5, wrong: 1, ..AuditCounts::default() });
+        let shown = Vitals { temperature_mc: Some(71_900), throttled: Some(true), ..Vitals::default() };
+        metrics.node_vitals("a", &shown);
+        metrics.node_vitals("b", &shown);
+        metrics.node_vitals("b", &Vitals::default());
+        metrics.node_energy("a", Some(12));
+        metrics.node_energy("b", None);
+        let text = metrics.render().unwrap();
+        for line in [
+            "moemesh_audits_total{node=\"a\",outcome=\"right\"} 5",
+            "moemesh_audits_total{node=\"a\",outcome=\"wrong\"} 1",
+            "moemesh_audits_total{node=\"a\",outcome=\"skipped\"} 0",
+            "moemesh_node_temperature_celsius{node=\"a\"} 71",
+            "moemesh_node_throttled{node=\"a\"} 1",
+            "moemesh_node_energy_joules_total{node=\"a\"} 12",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("{node=\"b\"}"), "what is not known has no series\n{text}");
     }
 }

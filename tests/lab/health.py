@@ -13,7 +13,8 @@ from trial import Lab, copies
 AUDIT, HOME_SHARE = 0.01, 0.25
 # One in so many answers of these ways to lie is one (tests, lies.rs).
 LIES = {"scaled": 1, "zeros": 1, "other-experts": 1, "seldom": 20}
-# A liar that is found later than this is found by one run of a thousand; the target allows twice that.
+# A liar that is found later than this is found by one run of a thousand; the target allows twice that. Found it is sooner
+# than by its own calls alone: it is asked by the audits of others as well.
 UNLIKELY = math.log(1000)
 # Text is wrong until a liar is found, so that takes no longer than this, whatever the machine does meanwhile.
 FOUND_WITHIN_S = 60.0

@@ -1,3 +1,5 @@
+//! Sensors of systems that are made up file by file: what is there, what is not, and what cannot be.
+
 use super::*;
 use std::fs;
 

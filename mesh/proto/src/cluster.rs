@@ -543,6 +543,8 @@ impl Cluster {
         self.nodes[usize::from(node)].link = Some(link);
         match claims {
             Claims::Sound => {}
+            // Why it is left out matters more.
+            _ if self.nodes[usize::from(node)].is_quarantined() => {}
             Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
             Claims::Cut(note) => self.report(node, note, actions),
         }

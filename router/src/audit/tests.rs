@@ -1,3 +1,5 @@
+//! Who is found and who is not, with other holders as functions; and the bounds of what waits.
+
 use super::*;
 use crate::audit::judge::Others;
 use crate::audit::sample::{Answer, Piece};
