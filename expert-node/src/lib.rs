@@ -14,6 +14,8 @@ pub mod worker;
 
 pub mod batch;
 
+pub mod sensors;
+
 pub mod measure;
 
 pub mod shard;

@@ -6,6 +6,7 @@
 //! ended too: half a node would only make the router wait.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -21,6 +22,7 @@ use model::kernel::Kernels;
 
 use crate::batch::Queue;
 use crate::measure::weight_mb_s;
+use crate::sensors::Watch;
 use crate::serve::{Loading, Service, resident_bytes};
 use crate::shard::{PlaceError, Shard, Source};
 use crate::worker::{Counters, Worker};
@@ -44,6 +46,8 @@ pub struct NodeConfig {
     pub spin: Duration,
     /// Bytes of frames that may be under way (`StationConfig::POOL_BYTES_MAX`).
     pub pool_bytes_max: usize,
+    /// Where the system shows its sensors (`sensors::SYSFS`).
+    pub sysfs: PathBuf,
 }
 
 /// Why a node does not start, or ended.
@@ -132,6 +136,9 @@ impl ExpertNode {
         let counters = worker.counters();
         let service =
             Service::new(hello.clone(), Arc::clone(&shard), Arc::clone(&queue), Arc::clone(&counters));
+        let computing = Arc::clone(&counters);
+        let sensors = Watch::start(&config.sysfs, move || computing.busy_us.load(Ordering::Relaxed))?;
+        let service = service.with_sensors(sensors);
         let (service, stop) = (Arc::new(service), Stop::new());
 
         let ended = StopOnDrop(stop.clone());

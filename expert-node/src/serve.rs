@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_net::station::{NodeService, ReplySink};
 use mesh_wire::call::Call;
-use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
+use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal, Vitals};
 
 use crate::batch::{Job, Queue, Rejected};
+use crate::sensors::Watch;
 use crate::shard::Shard;
 use crate::worker::Counters;
 
@@ -24,6 +25,7 @@ pub struct Service {
     /// Calls that were not even queued.
     rejected: AtomicU64,
     loading: Mutex<Option<Loading>>,
+    sensors: Option<Watch>,
 }
 
 /// How far a placement is loaded.
@@ -40,7 +42,18 @@ pub struct Loading {
 impl Service {
     /// Answers with `hello`; its `held_epoch` is filled in at every connection.
     pub fn new(hello: Hello, shard: Arc<Shard>, queue: Arc<Queue>, counters: Arc<Counters>) -> Service {
-        Service { hello, shard, queue, counters, rejected: AtomicU64::new(0), loading: Mutex::default() }
+        let (rejected, loading) = (AtomicU64::new(0), Mutex::default());
+        Service { hello, shard, queue, counters, rejected, loading, sensors: None }
+    }
+
+    /// Reports what these show, too.
+    pub fn with_sensors(self, sensors: Watch) -> Service {
+        Service { sensors: Some(sensors), ..self }
+    }
+
+    /// What the machine's sensors showed last.
+    pub fn vitals(&self) -> Vitals {
+        self.sensors.as_ref().map(Watch::vitals).unwrap_or_default()
     }
 
     /// The placement that is being loaded now.
@@ -106,6 +119,7 @@ impl NodeService for Service {
             // Bounded by `QUEUE_CALLS_MAX`.
             queued: self.queue.len() as u32,
             resident_bytes: resident_bytes(),
+            vitals: self.vitals(),
         }
     }
 }

@@ -13,7 +13,9 @@
 
 mod collect;
 mod flight;
+mod inspect;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +36,8 @@ use model::kernel::measure::ROWS;
 
 use self::flight::{Batch, Outstanding};
 pub use self::flight::{Flight, Unreachable};
+use self::inspect::Inspection;
+use crate::audit::{Audit, AuditView};
 use crate::cost::StepCost;
 use crate::metrics::Metrics;
 use crate::share::{self, Choice, Curve, Learned, Mode, Place, Predicted, ROUTER, Share, node_place};
@@ -104,6 +108,7 @@ pub struct Dispatch {
     step: u64,
     calls: u64,
     metrics: Option<Arc<Metrics>>,
+    inspection: Inspection,
     names: Vec<String>,
     /// Batch that a place's next row may join, by place, while gathering.
     open: Vec<Option<usize>>,
@@ -138,6 +143,8 @@ struct Peers {
     serving: Vec<bool>,
     /// By node: which process it was when the routes last changed, 0 for none yet.
     instances: Vec<u64>,
+    /// By node: whether others are to be preferred to it, as it is hot.
+    spared: Vec<bool>,
     doubts: Doubts,
 }
 
@@ -158,6 +165,11 @@ impl Peers {
         }
     }
 
+    /// Whether it is as good as any other: none of its calls is late, and it is not hot.
+    fn is_preferred(&self, node: NodeIndex, now: Duration) -> bool {
+        !self.doubts.of(node, now) && !self.spared.get(usize::from(node)).copied().unwrap_or(false)
+    }
+
     /// Any node that can be asked is asked before the router: they compute at the same time.
     fn standing(&self, hub: Option<&Hub>, node: NodeIndex, now: Duration) -> Standing {
         if node == routes::ROUTER {
@@ -167,7 +179,7 @@ impl Peers {
             return Standing::Out;
         }
         let load = hub.map_or(0, |hub| hub.outstanding(node));
-        if self.doubts.of(node, now) { Standing::Doubtful(load) } else { Standing::Good(load) }
+        if !self.is_preferred(node, now) { Standing::Doubtful(load) } else { Standing::Good(load) }
     }
 }
 
@@ -188,6 +200,7 @@ impl Dispatch {
             started: Instant::now(),
             serving: Vec::new(),
             instances: Vec::new(),
+            spared: Vec::new(),
             doubts: Doubts::default(),
         };
         let mut dispatch = Dispatch {
@@ -204,6 +217,7 @@ impl Dispatch {
             step: 0,
             calls: 0,
             metrics: None,
+            inspection: Inspection::default(),
             names: Vec::new(),
             open: Vec::new(),
             batches: Vec::new(),
@@ -230,6 +244,21 @@ impl Dispatch {
         self.metrics = Some(metrics);
     }
 
+    /// Keeps some of what nodes answer for `audit`.
+    pub fn audit_with(&mut self, audit: Audit) {
+        self.inspection.audit = Some(audit);
+    }
+
+    /// What came of audits, readable from other threads; none without them.
+    pub fn audits(&self) -> Option<AuditView> {
+        self.inspection.audit.as_ref().map(Audit::view)
+    }
+
+    /// The requests that are served now, by number: the oldest, and the one that would be next.
+    pub fn serves(&mut self, requests: Range<u64>) {
+        self.inspection.requests = requests;
+    }
+
     /// What is known of the places, readable from other threads.
     pub fn view(&self) -> PlacesView {
         self.view.clone()
@@ -238,6 +267,7 @@ impl Dispatch {
     /// Counts a step.
     pub fn begin_step(&mut self) {
         self.step += 1;
+        self.inspection.begin_step();
         self.refresh();
         self.view.write(&self.places);
     }
@@ -291,6 +321,12 @@ impl Dispatch {
                 *serving = true;
             }
         }
+        self.peers.spared.clear();
+        self.peers
+            .spared
+            .extend((0..nodes.len()).map(|node| self.routes.spared.contains(&(node as NodeIndex))));
+        let exact = nodes.iter().map(|node| node.cluster.hello.as_ref().is_some_and(|hello| hello.exact));
+        self.inspection.meet(&self.peers.serving, exact.collect());
         for (index, node) in nodes.into_iter().enumerate() {
             if let Some(hello) = &node.cluster.hello {
                 self.peers.meet(index as NodeIndex, hello.instance);
@@ -367,7 +403,7 @@ impl Dispatch {
         let (table, peers, own) = (&self.routes.table, &self.peers, self.own);
         // Mostly nobody was ever late, and the clock need not be read.
         let now = if peers.doubts.any(Duration::ZERO) { peers.now() } else { Duration::ZERO };
-        let doubts = peers.doubts.any(now);
+        let doubts = peers.doubts.any(now) || peers.spared.contains(&true);
         let parts = |expert: u16, index: usize| -> Option<Choice> {
             let all = table.parts(layer, expert);
             let part = all.get(index)?;
@@ -375,7 +411,7 @@ impl Dispatch {
             let width = f32::from(part.to - part.from) / f32::from(whole.max(1));
             let here = own.replicated && !part.holders.is_empty() && !part.holders.contains(routes::ROUTER);
             let holders = part.holders.as_slice().iter().copied().chain(here.then_some(routes::ROUTER));
-            let well = |node: &NodeIndex| *node == routes::ROUTER || !peers.doubts.of(*node, now);
+            let well = |node: &NodeIndex| *node == routes::ROUTER || peers.is_preferred(*node, now);
             if doubts && holders.clone().any(|node| well(&node)) {
                 return Some(Choice::new(width, holders.filter(well).map(place_of)));
             }
@@ -559,6 +595,7 @@ mod tests {
             started: Instant::now(),
             serving: vec![true, true],
             instances: Vec::new(),
+            spared: Vec::new(),
             doubts: Doubts::default(),
         };
         let now = Duration::from_secs(5);

@@ -15,6 +15,7 @@ use model::kernel::native::kv::KV_BLOCK;
 use tokio::sync::mpsc::{self, error::TryRecvError};
 use tokio::sync::oneshot;
 
+use crate::audit::AuditView;
 use crate::cost::StepCost;
 use crate::dispatch::{LayerError, PlacesView};
 use crate::forward::{Forward, ForwardError, Step};
@@ -180,6 +181,11 @@ impl Engine {
         self.forward.places()
     }
 
+    /// What came of audits, readable from other threads; none without them.
+    pub fn audits(&self) -> Option<AuditView> {
+        self.forward.audits()
+    }
+
     /// Runs until every handle is gone or a drain is complete.
     pub fn run(mut self) {
         while let Next::Step = self.take_commands() {
@@ -309,6 +315,8 @@ impl Engine {
             runs.push(Run { first_row, len, position, table: &slice.blocks });
         }
         let mut cost = StepCost::default();
+        let oldest = self.sequences.keys().next().copied().unwrap_or(self.next_id);
+        self.forward.serves(oldest..self.next_id);
         let step = Step { tokens: &self.tokens, runs: &runs, wanted: &wanted };
         let result = self.forward.step(&step, &mut self.logits, &mut cost);
         match result {

@@ -10,7 +10,7 @@
 //! it, which has stored its keys by then, so the cut changes no bit either. The price: every part reads the weights
 //! again, which is why small steps stay in one piece.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ use model::kernel::native::attend::Run;
 use model::kernel::native::kv::KvCache;
 use model::open::Model;
 
+use crate::audit::{Audit, AuditView};
 use crate::cost::{StepCost, lap};
 use crate::dispatch::{Busy, Dispatch, Flight, LayerError, PlacesView, Shape, Unreachable};
 use crate::metrics::Metrics;
@@ -185,6 +186,21 @@ impl Forward {
     /// What is known of the speed of router and nodes, readable from other threads.
     pub fn places(&self) -> PlacesView {
         self.experts.dispatch.view()
+    }
+
+    /// Keeps some of what nodes answer for `audit`.
+    pub fn audit_with(&mut self, audit: Audit) {
+        self.experts.dispatch.audit_with(audit);
+    }
+
+    /// What came of audits, readable from other threads; none without them.
+    pub fn audits(&self) -> Option<AuditView> {
+        self.experts.dispatch.audits()
+    }
+
+    /// As `Dispatch::serves`.
+    pub fn serves(&mut self, requests: Range<u64>) {
+        self.experts.dispatch.serves(requests);
     }
 
     /// Bytes of one block of KV cache.

@@ -28,8 +28,12 @@ pub mod scheduler;
 
 pub mod sampler;
 
+mod energy;
+
 pub mod cost;
 
 pub mod metrics;
+
+pub mod audit;
 
 pub mod request;

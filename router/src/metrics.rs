@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use mesh_net::hub::HubCounters;
 use mesh_proto::attempts::Counts;
+use mesh_wire::control::Vitals;
 use prometheus::{
     Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
 
+use crate::audit::AuditCounts;
 use crate::request::Timing;
 
 /// Seconds; from a token on one fast machine to a long prompt on slow ones.
@@ -82,6 +84,7 @@ pub struct Metrics {
     node_up: IntGaugeVec,
     node_malformed: IntCounterVec,
     node_stale: IntCounterVec,
+    machines: Machines,
     guard: Guard,
     hedged_calls: IntCounter,
     hedges_won: IntCounter,
@@ -160,6 +163,38 @@ impl Guard {
     }
 }
 
+/// What nodes' machines show, and what audits of them came to.
+#[derive(Debug)]
+struct Machines {
+    audits: IntCounterVec,
+    temperature: IntGaugeVec,
+    throttled: IntGaugeVec,
+    energy: IntCounterVec,
+}
+
+impl Machines {
+    fn new(r: &Registrar) -> Result<Machines, Error> {
+        let gauge = |name, help| r.add(IntGaugeVec::new(opts(name, help), &["node"]));
+        Ok(Machines {
+            audits: r.counters(
+                "audits_total",
+                "Answers of a node that were audited.",
+                &["node", "outcome"],
+            )?,
+            temperature: gauge("node_temperature_celsius", "The processor's; absent where it is not known.")?,
+            throttled: gauge(
+                "node_throttled",
+                "1 if the machine slows its processor down; absent where it is not known.",
+            )?,
+            energy: r.counters(
+                "node_energy_joules_total",
+                "Used while this router ran, as far as the machine measures it; absent where it does not.",
+                &["node"],
+            )?,
+        })
+    }
+}
+
 impl Metrics {
     /// All series at zero. Fails only if two had one name.
     pub fn new() -> Result<Metrics, Error> {
@@ -211,6 +246,7 @@ impl Metrics {
                 &["node"],
             )?,
             node_stale: r.counters("node_stale_replies_total", "Replies nobody waited for.", &["node"])?,
+            machines: Machines::new(&r)?,
             guard: Guard::new(&r)?,
             hedged_calls: r.counter("hedged_calls_total", "Calls sent beside others that were late.")?,
             hedges_won: r.counter("hedges_won_total", "Late calls that others answered first.")?,
@@ -304,6 +340,38 @@ impl Metrics {
     /// Whether a node is in quarantine.
     pub fn node_quarantined(&self, node: &str, quarantined: bool) {
         self.guard.node_quarantined.with_label_values(&[node]).set(i64::from(quarantined));
+    }
+
+    /// What came of audits of a node so far.
+    pub fn node_audits(&self, node: &str, counts: &AuditCounts) {
+        let AuditCounts { right, wrong, unchecked, skipped } = *counts;
+        for (outcome, now) in
+            [("right", right), ("wrong", wrong), ("unchecked", unchecked), ("skipped", skipped)]
+        {
+            let counter = self.machines.audits.with_label_values(&[node, outcome]);
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
+    }
+
+    /// What a node's machine shows. What it does not show has no series.
+    pub fn node_vitals(&self, node: &str, vitals: &Vitals) {
+        let Machines { temperature, throttled, .. } = &self.machines;
+        let degrees = vitals.temperature_mc.map(|mc| i64::from(mc).div_euclid(1000));
+        for (gauge, now) in [(temperature, degrees), (throttled, vitals.throttled.map(i64::from))] {
+            match now {
+                Some(now) => gauge.with_label_values(&[node]).set(now),
+                // Fails where there was none.
+                None => drop(gauge.remove_label_values(&[node])),
+            }
+        }
+    }
+
+    /// Whole joules that a node used so far; none where it does not say.
+    pub fn node_energy(&self, node: &str, joules: Option<u64>) {
+        if let Some(joules) = joules {
+            let counter = self.machines.energy.with_label_values(&[node]);
+            counter.inc_by(joules.saturating_sub(counter.get()));
+        }
     }
 
     /// Who knocked at the router's door so far and was not let in.
@@ -421,5 +489,30 @@ mod tests {
                 assert_eq!(kind == "counter", name.ends_with("_total"), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn what_a_machine_does_not_show_has_no_series() {
+        let metrics = Metrics::new().unwrap();
+        metrics.node_audits("a", &AuditCounts { right: 3, ..AuditCounts::default() });
+        metrics.node_audits("a", &AuditCounts { right: 5, wrong: 1, ..AuditCounts::default() });
+        let shown = Vitals { temperature_mc: Some(71_900), throttled: Some(true), ..Vitals::default() };
+        metrics.node_vitals("a", &shown);
+        metrics.node_vitals("b", &shown);
+        metrics.node_vitals("b", &Vitals::default());
+        metrics.node_energy("a", Some(12));
+        metrics.node_energy("b", None);
+        let text = metrics.render().unwrap();
+        for line in [
+            "moemesh_audits_total{node=\"a\",outcome=\"right\"} 5",
+            "moemesh_audits_total{node=\"a\",outcome=\"wrong\"} 1",
+            "moemesh_audits_total{node=\"a\",outcome=\"skipped\"} 0",
+            "moemesh_node_temperature_celsius{node=\"a\"} 71",
+            "moemesh_node_throttled{node=\"a\"} 1",
+            "moemesh_node_energy_joules_total{node=\"a\"} 12",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("{node=\"b\"}"), "what is not known has no series\n{text}");
     }
 }

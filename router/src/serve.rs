@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_net::authority::Authority;
-use mesh_net::hub::{Hub, HubConfig, HubError};
+use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
+use mesh_net::keys::random;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_proto::machine::Machine;
@@ -27,6 +28,8 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::admin::{Admin, AdminError};
+use crate::audit::{Audit, AuditConfig};
+use crate::energy::{self, Energy};
 use crate::engine::{Engine, EngineConfig};
 use crate::forward::{Experts, Forward};
 use crate::http::{self, ApiKeys};
@@ -34,7 +37,7 @@ use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
 use crate::request::{EngineFacts, EngineHandle};
 use crate::scheduler::LimitsError;
-use crate::view::{ClusterView, Startup};
+use crate::view::{ClusterView, Measured, Startup};
 
 /// How long a plan waits for the link of a node that just joined to be measured.
 const MEASURE_WITHIN: Duration = Duration::from_millis(500);
@@ -53,6 +56,8 @@ pub struct RouterConfig {
     pub fallback: bool,
     /// Bytes of memory that weights and KV cache may take; `None` where the system does not say.
     pub memory_bytes: Option<u64>,
+    /// The share of nodes' answers that is computed again and compared, 0 for none.
+    pub audit: f64,
     /// Whether nodes whose kernels do not compute the bits of the definition are turned away.
     pub require_exact: bool,
     /// Address of the API.
@@ -240,7 +245,7 @@ pub async fn run(
     let metrics = Arc::new(Metrics::new().map_err(|error| RouterError::Start(error.to_string()))?);
     let (handle, engine) = loaded?;
     let engine = engine.counting(Arc::clone(&metrics));
-    let (status, places) = (engine.status(), engine.places());
+    let (status, places, audits) = (engine.status(), engine.places(), engine.audits());
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run());
     let thread = thread.map_err(|error| RouterError::Start(error.to_string()))?;
     startup.load(None);
@@ -251,7 +256,10 @@ pub async fn run(
     // Without fallback nobody but the nodes computes; without nodes every expert is within reach, always.
     let fallback = config.fallback || hub.is_none();
     let (engine, hub_seen, unreachable) = (handle.clone(), hub.clone(), Mutex::default());
-    let view = ClusterView { hub: hub_seen, status, places, engine, own, fallback, unreachable };
+    let energy = Energy::default();
+    let _noting = EndOnDrop(tokio::spawn(note_energy(hub.clone(), Arc::clone(&metrics), energy.clone())));
+    let measured = Measured { own, audits, energy };
+    let view = ClusterView { hub: hub_seen, status, places, engine, measured, fallback, unreachable };
     let identity = identity(&config);
     let mut service = http::Service::new(handle.clone(), Arc::new(prompt), metrics, identity, Arc::new(view));
     service.keys = keys;
@@ -261,6 +269,22 @@ pub async fn run(
     api.close().await;
     finish(handle, thread, hub).await;
     Ok(())
+}
+
+/// Notes every few seconds what the nodes used and what came of it.
+async fn note_energy(hub: Option<Arc<Hub>>, metrics: Arc<Metrics>, energy: Energy) {
+    let Some(hub) = hub else { return };
+    let mut ticks = tokio::time::interval(energy::EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let reported = |node: &NodeStatus| node.cluster.health.and_then(|health| health.vitals.energy_mj);
+        let nodes = hub.nodes();
+        energy.note(metrics.generated(), &nodes.iter().map(reported).collect::<Vec<_>>());
+        for (node, energy) in nodes.iter().zip(energy.read()) {
+            metrics.node_energy(&node.name, energy.joules);
+        }
+    }
 }
 
 /// Ends the engine and says goodbye to the nodes.
@@ -451,6 +475,7 @@ fn load(
 ) -> Result<(EngineHandle, Engine), RouterError> {
     let blocks = kv_blocks(config)?;
     let (model, kernels) = (Arc::clone(&config.model), Arc::clone(&config.kernels));
+    let audit = hub.clone().map(|hub| start_audit(config, hub)).transpose()?.flatten();
     let experts = match hub {
         None => Experts::Here,
         Some(hub) => match config.resident.per_layer(&model_facts(&config.model)) {
@@ -460,6 +485,7 @@ fn load(
     };
     let mut forward = Forward::load(model, kernels, Arc::clone(&config.native), blocks, experts)?;
     forward.set_fallback(config.fallback);
+    audit.into_iter().for_each(|audit| forward.audit_with(audit));
     forward.preload(progress).map_err(|error| RouterError::Start(error.to_string()))?;
     let facts = EngineFacts {
         context: config.model.config.context,
@@ -470,6 +496,17 @@ fn load(
     let (rows, chunk, sequences) = (config.rows, config.chunk, config.sequences);
     let engine_config = EngineConfig { kv_blocks: blocks, rows, chunk, sequences };
     Ok((handle, Engine::new(forward, engine_config, commands)?))
+}
+
+/// Audits what nodes answer, as far as that is wanted.
+fn start_audit(config: &RouterConfig, hub: Arc<Hub>) -> Result<Option<Audit>, RouterError> {
+    if config.audit <= 0.0 {
+        return Ok(None);
+    }
+    let failed = |error: &dyn std::fmt::Display| RouterError::Start(error.to_string());
+    let secret = random().map_err(|error| failed(&error))?;
+    let wanted = AuditConfig { share: config.audit, secret };
+    Audit::start(wanted, Arc::clone(&config.model), hub).map(Some).map_err(|error| failed(&error))
 }
 
 /// Waits until the nodes of the first plan serve; how many do.

@@ -14,7 +14,9 @@ use mesh_proto::routes::Routes;
 use model::kernel::measure::ROWS;
 use serde_json::{Value, json};
 
+use crate::audit::{AuditCounts, AuditView};
 use crate::dispatch::PlacesView;
+use crate::energy::{Energy, NodeEnergy};
 use crate::engine::{EngineStatus, StatusView};
 use crate::http;
 use crate::metrics::Metrics;
@@ -26,7 +28,7 @@ pub(crate) struct Startup {
     hub: Option<Arc<Hub>>,
     /// Nodes that are waited for; `None`: all of the roster.
     expect: Option<usize>,
-    own: [u32; ROWS.len()],
+    measured: Measured,
     /// Bytes of experts loaded and in all; `None` where everything is loaded.
     loading: Mutex<Option<(u64, u64)>>,
 }
@@ -34,7 +36,8 @@ pub(crate) struct Startup {
 impl Startup {
     /// At its beginning.
     pub(crate) fn new(hub: Option<Arc<Hub>>, expect: Option<usize>, own: [u32; ROWS.len()]) -> Startup {
-        Startup { hub, expect, own, loading: Mutex::new(Some((0, 0))) }
+        let measured = Measured { own, ..Measured::default() };
+        Startup { hub, expect, measured, loading: Mutex::new(Some((0, 0))) }
     }
 
     /// How far loading is; `None` when it is done.
@@ -45,7 +48,7 @@ impl Startup {
 
 impl http::Starting for Startup {
     fn nodes(&self) -> Value {
-        nodes_json(self.hub.as_deref(), &EngineStatus::default(), &[], self.own)
+        nodes_json(self.hub.as_deref(), &EngineStatus::default(), &[], &self.measured)
     }
 
     fn waits_for(&self) -> http::Waiting {
@@ -66,14 +69,24 @@ impl http::Starting for Startup {
     }
 }
 
+/// What is measured beside the engine.
+#[derive(Default)]
+pub(crate) struct Measured {
+    /// What the router measured of itself, MB/s of weights.
+    pub(crate) own: [u32; ROWS.len()],
+    /// What came of audits; none where there are none.
+    pub(crate) audits: Option<AuditView>,
+    /// What nodes used.
+    pub(crate) energy: Energy,
+}
+
 /// What the API tells of the cluster.
 pub(crate) struct ClusterView {
     pub(crate) hub: Option<Arc<Hub>>,
     pub(crate) status: StatusView,
     pub(crate) places: PlacesView,
     pub(crate) engine: EngineHandle,
-    /// What the router measured of itself.
-    pub(crate) own: [u32; ROWS.len()],
+    pub(crate) measured: Measured,
     /// Whether the router can compute every expert.
     pub(crate) fallback: bool,
     /// By the routes it was found in: the experts that nobody can compute.
@@ -100,7 +113,7 @@ impl ClusterView {
 
 impl http::Cluster for ClusterView {
     fn nodes(&self) -> Value {
-        nodes_json(self.hub.as_deref(), &self.status.read(), &self.places.read(), self.own)
+        nodes_json(self.hub.as_deref(), &self.status.read(), &self.places.read(), &self.measured)
     }
 
     fn trouble(&self) -> Option<String> {
@@ -122,8 +135,15 @@ impl http::Cluster for ClusterView {
     }
 
     fn refresh(&self, metrics: &Metrics) {
-        for node in self.hub.iter().flat_map(|hub| hub.nodes()) {
-            if node.cluster.state != NodeState::Revoked {
+        let audits = self.measured.audits.as_ref().map(AuditView::read).unwrap_or_default();
+        for (index, node) in self.hub.iter().flat_map(|hub| hub.nodes()).enumerate() {
+            let present = node.cluster.state != NodeState::Revoked;
+            let vitals = node.cluster.health.filter(|_| present).map(|health| health.vitals);
+            metrics.node_vitals(&node.name, &vitals.unwrap_or_default());
+            if let Some(counts) = audits.get(index) {
+                metrics.node_audits(&node.name, counts);
+            }
+            if present {
                 metrics.node_up(&node.name, node.cluster.state == NodeState::Serving);
                 metrics.node_quarantined(&node.name, node.cluster.state == NodeState::Quarantined);
                 metrics.node_nonsense(&node.name, node.counters.rejected, node.counters.stale);
@@ -135,8 +155,8 @@ impl http::Cluster for ClusterView {
     }
 }
 
-/// The body of `/api/v1/nodes`. `own` is what the router measured of itself, shown until it has learned better.
-fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], own: [u32; ROWS.len()]) -> Value {
+/// The body of `/api/v1/nodes`. What the router measured of itself is shown until it has learned better.
+fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], measured: &Measured) -> Value {
     let outlook = hub.and_then(Hub::outlook);
     let nodes: Vec<NodeStatus> = hub.iter().flat_map(|hub| hub.nodes()).collect();
     let planned = |node: usize| {
@@ -145,7 +165,7 @@ fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], own: [
     };
     let mut router = router_json(status, places.first());
     if router["weight_mb_s"][0].as_u64().unwrap_or(0) == 0 {
-        router["weight_mb_s"] = json!(own);
+        router["weight_mb_s"] = json!(measured.own);
     }
     let counters = || nodes.iter().map(|node| &node.counters);
     router["malformed"] = counters().map(|counters| counters.rejected).sum::<u64>().into();
@@ -156,9 +176,37 @@ fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], own: [
         row.cluster.state == NodeState::Revoked && nodes.iter().any(same)
     };
     let shown = (0..).zip(&nodes).filter(|(_, node)| !is_shadow(node));
-    let nodes: Vec<Value> =
-        shown.map(|(index, node)| node_json(node, places.get(index + 1), planned(index))).collect();
+    let audits = measured.audits.as_ref().map(AuditView::read);
+    let energy = measured.energy.read();
+    let row = |(index, node): (usize, &NodeStatus)| {
+        let mut row = node_json(node, places.get(index + 1), planned(index));
+        row["audits"] = json!(audits.as_ref().map(|audits| audits_json(audits.get(index))));
+        let machine = machine_json(&node.cluster, energy.get(index).copied().unwrap_or_default());
+        if let (Value::Object(row), Value::Object(machine)) = (&mut row, machine) {
+            row.extend(machine);
+        }
+        row
+    };
+    let nodes: Vec<Value> = shown.map(row).collect();
     json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
+}
+
+/// What a node's machine shows; null where it does not.
+fn machine_json(status: &mesh_proto::cluster::NodeStatus, used: NodeEnergy) -> Value {
+    let vitals = status.health.map(|health| health.vitals).unwrap_or_default();
+    json!({
+        "temperature_celsius": vitals.temperature_mc.map(|mc| f64::from(mc) / 1000.0),
+        "throttled": vitals.throttled,
+        "power_watts": vitals.power_mw.map(|mw| f64::from(mw) / 1000.0),
+        "spared": status.spared,
+        "energy_joules": used.joules,
+        "joules_per_token": used.per_token,
+    })
+}
+
+fn audits_json(counts: Option<&AuditCounts>) -> Value {
+    let AuditCounts { right, wrong, unchecked, skipped } = counts.copied().unwrap_or_default();
+    json!({"right": right, "wrong": wrong, "unchecked": unchecked, "skipped": skipped})
 }
 
 /// The plan in use, to be compared with what is measured.

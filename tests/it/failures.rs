@@ -27,15 +27,15 @@ const WELL_FOR: u64 = 4;
 /// Stories told until a node has had the occasion to misbehave.
 const STORIES_MAX: usize = 20;
 
-fn tale() -> Arc<Model> {
+pub(super) fn tale() -> Arc<Model> {
     open(&moemesh_tests::tale_moe(), Format::Q4, CACHE.path())
 }
 
-fn wide() -> Arc<Model> {
+pub(super) fn wide() -> Arc<Model> {
     Arc::new(Model::open(WIDE, Format::Q4, CACHE.path(), &mut |_, _, _| {}).unwrap())
 }
 
-fn well() -> Part {
+pub(super) fn well() -> Part {
     Part::new(|_| Mood::Answer)
 }
 
@@ -66,7 +66,7 @@ fn tell_until_asked(troupe: &Troupe, (node, calls): (usize, u64), expected: &Out
     assert!(asked, "no occasion: {:?} {:?}", troupe.nodes, troupe.hub.nodes());
 }
 
-fn story() -> GenerateRequest {
+pub(super) fn story() -> GenerateRequest {
     request(prompt(1, 40), 0.0, 120)
 }
 
@@ -138,7 +138,7 @@ fn whatever_a_node_says_the_bits_are_those_of_one_process() {
 }
 
 /// Every expert in two parts, each held by so many of the four nodes; some parts are the router's, in memory or not.
-fn cut(model: &Arc<Model>, copies: usize) -> Table {
+pub(super) fn cut(model: &Arc<Model>, copies: usize) -> Table {
     let facts = router::serve::model_facts(model);
     let mut table = Table::empty(&facts);
     let parts = |expert: u16| {

@@ -10,6 +10,8 @@ mod corpus;
 mod device;
 mod failures;
 
+mod audits;
+
 mod equivalence;
 
 mod golden;

@@ -274,8 +274,8 @@ class Cluster:
         return name
 
     def node_flags(self, name: str) -> tuple[str, ...]:
-        """What this node is started with besides."""
-        return self.shape.node
+        """What this node is started with besides. `{own}` becomes a path of its own."""
+        return tuple(flag.replace("{own}", str(self.folder / name)) for flag in self.shape.node)
 
     def home(self, name: str) -> list[str]:
         """The argument that names a machine's folder of keys and membership."""

@@ -2,8 +2,8 @@
 //!
 //! Each test starts a router's hub and engine and two honest nodes in this process, and the program `liar` beside them in
 //! one of its modes, generates, and compares tokens and digest of the logits with a run without any cluster. What the
-//! liar's answers were counted as, and what became of it, is asked afterwards. Sums that only look right
-//! (`liar --mode sums`) are not for the protocol to find.
+//! liar's answers were counted as, and what became of it, is asked afterwards. Sums that only look right are not for the
+//! protocol to find: those change text until an audit finds them, and none after that.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
@@ -19,7 +19,10 @@ use mesh_net::station::StationConfig;
 use mesh_proto::cluster::{MALFORMED_MAX, NodeState, Policy};
 use model::format::Format;
 use model::open::Model;
-use moemesh_tests::cluster::{Outcome, Shape, even, generate, native, open, start_engine, written};
+use moemesh_tests::cluster::{
+    Outcome, Shape, even, generate, native, open, start_audited_engine, start_engine, written,
+};
+use moemesh_tests::lies::Lie;
 use moemesh_tests::tale_moe;
 use router::request::{GenerateRequest, Sampling};
 use router::serve::model_facts;
@@ -76,6 +79,11 @@ fn start_liar(mode: &str, state: &std::path::Path) -> Liar {
 /// Generates with a liar among the nodes, again and again until it was noticed as it should be, checks every text, and
 /// tells how the router sees the liar then.
 fn among(mode: &str, noticed: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
+    among_audited(mode, 0.0, noticed).pop().expect("the liar is in the roster")
+}
+
+/// As `among`, with audits of this share: then text may be wrong until the liar was noticed. All nodes, the liar last.
+fn among_audited(mode: &str, share: f64, noticed: impl Fn(&NodeStatus) -> bool) -> Vec<NodeStatus> {
     let model = &MODEL.0;
     let authority = Arc::new(Authority::in_memory().expect("keys"));
     let policy = Policy { plan_at_nodes: SHAPE.nodes, ..Policy::default() };
@@ -118,17 +126,18 @@ fn among(mode: &str, noticed: impl Fn(&NodeStatus) -> bool) -> NodeStatus {
             .all(|node| cluster.status(node).is_some_and(|node| node.state == NodeState::Serving))
     };
     assert!(hub.wait_until(LONG, honest), "{mode}: the honest nodes do not serve");
-    let (engine, _) = start_engine(model, SHAPE, Some(Arc::clone(&hub)));
+    let (engine, _, _) = start_audited_engine(model, SHAPE, Some(Arc::clone(&hub)), (true, share));
     let until = Instant::now() + LONG;
     let seen = loop {
         let (outcome, _) = generate(&engine, request());
-        assert_eq!(outcome, *ALONE, "{mode}: the text changed");
-        let seen = hub.nodes().pop().expect("the liar is in the roster");
+        assert!(share > 0.0 || outcome == *ALONE, "{mode}: the text changed");
+        let seen = hub.nodes();
         // What is suspect is tried again only after a pause.
-        if noticed(&seen) || Instant::now() > until {
+        if noticed(&seen[HONEST]) || Instant::now() > until {
             break seen;
         }
     };
+    assert_eq!(generate(&engine, request()).0, *ALONE, "{mode}: the text is still another");
     for node in nodes {
         node.shutdown();
         node.join().expect("an honest node ends well");
@@ -146,6 +155,7 @@ fn start_node(model: &Arc<Model>, membership: Arc<Membership>, hub: &Hub) -> Exp
         memory_bytes: 1 << 30,
         spin: Duration::ZERO,
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
+        sysfs: "/nowhere".into(),
     })
     .expect("the node starts")
 }
@@ -185,4 +195,21 @@ fn silence_dripping_and_boasting_cost_time_only() {
         among("honest", |seen| seen.counters.answered > 0).counters.answered > 0,
         "even the liar can be honest"
     );
+}
+
+/// Answers that look right: an audit proves them wrong, the liar is left out, the honest ones are not, and from then on
+/// the text is right again.
+#[test]
+fn plausible_liars_are_quarantined_by_audits_and_nobody_else() {
+    for lie in [Lie::Scaled, Lie::Noise, Lie::OtherExperts, Lie::Zeros, Lie::Seldom] {
+        let mode = lie.name();
+        let seen = among_audited(mode, 0.5, |liar| liar.cluster.state == NodeState::Quarantined);
+        let (liar, honest) = seen.split_last().expect("nodes");
+        assert_eq!(liar.cluster.state, NodeState::Quarantined, "{mode}: {}", liar.cluster.note);
+        assert!(liar.cluster.note.contains("computed wrongly in layer"), "{mode}: {}", liar.cluster.note);
+        assert!(liar.cluster.note.contains("cannot be taken back"), "{mode}: {}", liar.cluster.note);
+        assert_eq!(liar.counters.rejected, 0, "{mode}: it was found by its frames");
+        let well = |node: &NodeStatus| node.cluster.state == NodeState::Serving;
+        assert!(honest.iter().all(well), "{mode}: {honest:?}");
+    }
 }

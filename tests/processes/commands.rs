@@ -105,7 +105,7 @@ fn version_says_what_this_machine_can_do() {
     assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(version["isa"][0], "scalar");
     assert_eq!(version["libtorch"], cfg!(feature = "torch"));
-    assert_eq!(version["wire"], "moemesh/2");
+    assert_eq!(version["wire"], "moemesh/3");
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod commands;
 mod doctor;
 mod errors;
 mod failover;
+mod health;
 mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;

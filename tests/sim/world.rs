@@ -477,6 +477,7 @@ impl World {
             busy_us: count,
             queued: 0,
             resident_bytes: bytes,
+            ..Health::default()
         };
         self.say(node, Way::In, connection, Control::Health(health));
     }

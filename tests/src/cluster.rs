@@ -23,6 +23,7 @@ use model::kernel::Kernels;
 use model::kernel::native::kv::KV_BLOCK;
 use model::kernel::native::{Native, NativeConfig};
 use model::open::Model;
+use router::audit::{Audit, AuditConfig, AuditView};
 use router::engine::{Engine, EngineConfig, StatusView};
 use router::forward::{Experts, Forward};
 use router::request::{EngineFacts, EngineHandle, Event, FinishReason, GenerateRequest, Timing};
@@ -176,6 +177,18 @@ pub fn start_engine_with(
     hub: Option<Arc<Hub>>,
     fallback: bool,
 ) -> (EngineHandle, StatusView) {
+    let (handle, status, _) = start_audited_engine(model, shape, hub, (fallback, 0.0));
+    (handle, status)
+}
+
+/// As `start_engine_with`; this share of what nodes answer is audited, drawn by a secret that is always the same.
+pub fn start_audited_engine(
+    model: &Arc<Model>,
+    shape: Shape,
+    hub: Option<Arc<Hub>>,
+    (fallback, share): (bool, f64),
+) -> (EngineHandle, StatusView, Option<AuditView>) {
+    let audited = hub.clone().filter(|_| share > 0.0);
     let native = native();
     let kernels = Arc::<Native>::clone(&native);
     let experts = match hub {
@@ -186,6 +199,10 @@ pub fn start_engine_with(
     let mut forward =
         Forward::load(Arc::clone(model), kernels, native, shape.kv_blocks, experts).expect("weights load");
     forward.set_fallback(fallback);
+    if let Some(hub) = audited {
+        let wanted = AuditConfig { share, secret: *b"a secret that is always the same" };
+        forward.audit_with(Audit::start(wanted, Arc::clone(model), hub).expect("audits start"));
+    }
     if shape.replicate {
         forward.preload(&mut |_, _| ()).expect("experts load");
     }
@@ -202,9 +219,9 @@ pub fn start_engine_with(
         sequences: 16,
     };
     let engine = Engine::new(forward, config, commands).expect("the limits work");
-    let status = engine.status();
+    let (status, audits) = (engine.status(), engine.audits());
     std::thread::spawn(move || engine.run());
-    (handle, status)
+    (handle, status, audits)
 }
 
 /// Runs a request to its end. Fails the test if it fails.
@@ -244,6 +261,7 @@ fn start_node(
         memory_bytes: 1 << 30,
         spin: Duration::ZERO,
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
+        sysfs: "/nowhere".into(),
     })
     .expect("the node starts")
 }

@@ -6,6 +6,8 @@ pub mod cluster;
 
 pub mod fuzz;
 
+pub mod lies;
+
 use std::path::{Path, PathBuf};
 
 /// The top folder of the project.

@@ -18,7 +18,7 @@ use mesh_proto::cluster::Policy;
 use mesh_proto::routes::Table;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::Call;
-use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal};
+use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal, Vitals};
 use mesh_wire::id::ExpertKey;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use model::activations::Activations;
@@ -26,10 +26,12 @@ use model::home::{Home, Residency};
 use model::kernel::Assignment;
 use model::open::Model;
 
+use router::audit::AuditView;
 use router::engine::StatusView;
 use router::request::EngineHandle;
 
-use crate::cluster::{READY_WITHIN, Shape, native, start_engine_with, start_hub};
+use crate::cluster::{READY_WITHIN, Shape, native, start_audited_engine, start_hub};
+use crate::lies::Lie;
 
 /// What a node does with a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub enum Mood {
     WrongShape,
     /// Says of every row that it overflowed.
     Overflow,
+    /// Answers with sums that look right.
+    Lie(Lie),
 }
 
 /// A router with scripted nodes.
@@ -59,24 +63,42 @@ pub struct Troupe {
     pub hub: Arc<Hub>,
     /// The nodes.
     pub nodes: Vec<Scripted>,
+    /// What came of audits.
+    pub audits: Option<AuditView>,
 }
 
 impl Troupe {
     /// Starts them with this plan, and returns when every node serves. `fallback`: whether the router computes what no
     /// node can be asked for.
     pub fn start(model: &Arc<Model>, cast: Vec<Part>, (table, fallback): (Table, bool)) -> Troupe {
+        Troupe::audited(model, cast, (table, fallback), 0.0)
+    }
+
+    /// As `start`; the router audits this share of what they answer.
+    pub fn audited(model: &Arc<Model>, cast: Vec<Part>, plan: (Table, bool), share: f64) -> Troupe {
+        Troupe::of((model, model), cast, plan, share)
+    }
+
+    /// The same where router and nodes have each their own copy of the model.
+    pub fn of(
+        (own, model): (&Arc<Model>, &Arc<Model>),
+        cast: Vec<Part>,
+        (table, fallback): (Table, bool),
+        share: f64,
+    ) -> Troupe {
         let (hub, memberships) = start_hub(model, cast.len(), Policy::default(), table);
         let start = |(membership, part)| Scripted::start(model, membership, hub.local_addr(), part);
         let nodes: Vec<Scripted> = memberships.into_iter().zip(cast).map(start).collect();
         assert!(hub.wait_ready(nodes.len(), READY_WITHIN), "the nodes did not get ready");
         let shape = Shape { nodes: nodes.len(), chunk: 64, kv_blocks: 512, replicate: false };
-        let (engine, status) = start_engine_with(model, shape, Some(Arc::clone(&hub)), fallback);
-        Troupe { engine, status, hub, nodes }
+        let (engine, status, audits) =
+            start_audited_engine(own, shape, Some(Arc::clone(&hub)), (fallback, share));
+        Troupe { engine, status, hub, nodes, audits }
     }
 }
 
 /// What a node is told to be.
-pub struct Part(Script);
+pub struct Part(Script, Vitals);
 
 /// What it does is a function.
 impl std::fmt::Debug for Part {
@@ -88,7 +110,12 @@ impl std::fmt::Debug for Part {
 impl Part {
     /// A node with room for everything.
     pub fn new(script: impl Fn(u64) -> Mood + Send + Sync + 'static) -> Part {
-        Part(Box::new(script))
+        Part(Box::new(script), Vitals::default())
+    }
+
+    /// Its sensors show this.
+    pub fn showing(self, vitals: Vitals) -> Part {
+        Part(self.0, vitals)
     }
 }
 
@@ -122,7 +149,8 @@ impl Scripted {
             calls: Arc::clone(&calls),
         };
         std::thread::spawn(move || worker.run(&inbox));
-        let service = Service { fingerprint: model.fingerprint, held, work: Mutex::new(work) };
+        let service =
+            Service { fingerprint: model.fingerprint, held, work: Mutex::new(work), vitals: part.1 };
         let pool = Pool::new(StationConfig::POOL_BYTES_MAX);
         let config = StationConfig { membership, routers: vec![router], pool };
         let stop = Stop::new();
@@ -154,6 +182,7 @@ struct Service {
     fingerprint: [u8; 32],
     held: Arc<Mutex<Held>>,
     work: Mutex<Sender<(Call, ReplySink)>>,
+    vitals: Vitals,
 }
 
 impl NodeService for Service {
@@ -186,7 +215,7 @@ impl NodeService for Service {
     }
 
     fn health(&self) -> Health {
-        Health { epoch: 1, calls: 0, rows: 0, busy_us: 0, queued: 0, resident_bytes: 1 }
+        Health { epoch: 1, resident_bytes: 1, vitals: self.vitals, ..Health::default() }
     }
 }
 
@@ -206,7 +235,8 @@ impl Worker {
             let mood = (self.script)(self.calls.fetch_add(1, Ordering::SeqCst));
             let owed = late.take();
             match mood {
-                Mood::Answer => self.answer(&call, sink),
+                Mood::Answer => self.answer(&call, sink, None),
+                Mood::Lie(lie) => self.answer(&call, sink, Some(lie)),
                 Mood::Silence => kept.push(sink),
                 Mood::AfterNext => late = Some((call, sink)),
                 Mood::Refuse(refusal) => sink.refuse(refusal, "as told"),
@@ -214,12 +244,12 @@ impl Worker {
                 Mood::Overflow => reply(&call, sink, &vec![None; call.head().rows as usize]),
             }
             if let Some((call, sink)) = owed {
-                self.answer(&call, sink);
+                self.answer(&call, sink, None);
             }
         }
     }
 
-    fn answer(&mut self, call: &Call, sink: ReplySink) {
+    fn answer(&mut self, call: &Call, sink: ReplySink, lie: Option<Lie>) {
         let head = *call.head();
         let (rows, hidden) = (head.rows as usize, head.hidden as usize);
         let mut by_part: BTreeMap<(u16, u16), Vec<Assignment>> = BTreeMap::new();
@@ -229,7 +259,9 @@ impl Worker {
             let Some(part) = held.get(&(head.epoch, key)).copied() else {
                 return sink.refuse(Refusal::UnknownExpert, "not held");
             };
-            let assignment = Assignment { row: from.row, expert: from.expert, weight: from.weight };
+            let experts = self.model.config.moe.experts as u16;
+            let expert = lie.map_or(from.expert, |lie| lie.expert(from.expert, experts));
+            let assignment = Assignment { row: from.row, expert, weight: from.weight };
             by_part.entry(part).or_default().push(assignment);
         }
         let x = Activations::new(self.model.format, rows, hidden, call.view().payload()).expect("rows");
@@ -238,6 +270,7 @@ impl Worker {
             let layer = usize::from(head.layer);
             self.home.add_slice(layer, part, (x, &assignments), &mut sums).expect("it computes");
         }
+        lie.into_iter().for_each(|lie| lie.bend(head.call, &mut sums));
         let narrow =
             |row: &[i64]| row.iter().map(|sum| i32::try_from(*sum).ok()).collect::<Option<Vec<i32>>>();
         let rows: Vec<_> = sums.chunks_exact(hidden).map(narrow).collect();

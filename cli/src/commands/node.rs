@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use expert_node::node::{ExpertNode, NodeConfig, NodeError};
+use expert_node::sensors::SYSFS;
 use mesh_net::join::{self, JoinError};
 use mesh_net::membership::{Membership, Opened};
 use mesh_net::roster::check_name;
@@ -71,6 +72,9 @@ pub(crate) struct Options {
     /// Microseconds to watch for the router's next call before sleeping; only where a core is to spare
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=10_000))]
     spin_us: u64,
+    /// Folder in which the system shows temperature, throttling and power of this machine
+    #[arg(long, default_value = SYSFS, value_name = "DIR")]
+    sysfs: PathBuf,
     /// Print the name given by the cluster as a JSON line (for programs)
     #[arg(long)]
     announce: bool,
@@ -127,6 +131,7 @@ fn serve(options: &Options) -> anyhow::Result<ExitCode> {
         memory_bytes,
         spin: Duration::from_micros(options.spin_us),
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
+        sysfs: options.sysfs.clone(),
     })?;
     let stop = node.stop();
     let with_parent = options.stop_with_parent;

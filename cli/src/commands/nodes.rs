@@ -34,7 +34,7 @@ pub(crate) struct Options {
 enum Change {
     /// Shut a node out for good: its connection is cut, its key is refused from now on
     Revoke(Target),
-    /// Let a node back in that was quarantined for sending what no correct node sends
+    /// Let a node back in that was quarantined: for sending what no correct node sends, or for computing wrongly
     Pardon(Target),
 }
 
@@ -77,6 +77,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         output::json(&nodes)?;
     } else {
         println!("{}", table(&nodes));
+        if !has_sensors(&nodes) {
+            println!("temperature, throttling and power: unavailable on all machines");
+        }
         for node in nodes["nodes"].as_array().into_iter().flatten() {
             if let (Some(name), Some(note)) =
                 (node["name"].as_str(), node["note"].as_str().filter(|n| !n.is_empty()))
@@ -89,22 +92,30 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The nodes as a table: who they are, what they hold, what they did.
+/// What machines show of themselves, where any does.
+const MACHINE: [&str; 4] = ["temp", "throttled", "power", "J/token"];
+
+/// The nodes as a table: who they are, what they hold, what they did, and, as far as there are audits and sensors, what
+/// those show.
 pub(crate) fn table(nodes: &Value) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header([
+    let list = nodes["nodes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let (audits, sensors) = (list.iter().any(|node| !node["audits"].is_null()), has_sensors(nodes));
+    let mut header = vec![
         "node", "state", "experts", "weights", "link", "rate", "planned", "share", "calls", "out", "in",
         "service", "trip", "missed",
-    ]);
+    ];
+    header.extend(audits.then_some("audited"));
+    header.extend(MACHINE.iter().filter(|_| sensors));
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY);
+    table.set_header(header);
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    let list = nodes["nodes"].as_array().map(Vec::as_slice).unwrap_or_default();
     let calls: u64 = list.iter().map(|node| number(node, "assignments")).sum::<u64>().max(1);
     for node in list {
         let share = 100.0 * number(node, "assignments") as f64 / calls as f64;
-        table.add_row([
+        let mut row = vec![
             Cell::new(node["name"].as_str().unwrap_or("?")),
             Cell::new(node["state"].as_str().unwrap_or("?")),
             Cell::new(number(node, "experts")),
@@ -123,14 +134,57 @@ pub(crate) fn table(nodes: &Value) -> Table {
             Cell::new(format!("{} us", number(node, "service_us"))),
             Cell::new(format!("{} us", number(node, "round_trip_us"))),
             Cell::new(number(node, "missed")),
-        ]);
+        ];
+        row.extend(audits.then(|| Cell::new(audited(&node["audits"]))));
+        let machine = [
+            shown(&node["temperature_celsius"], 0, " C"),
+            throttled(node),
+            shown(&node["power_watts"], 0, " W"),
+            shown(&node["joules_per_token"], 1, ""),
+        ];
+        row.extend(machine.into_iter().filter(|_| sensors).map(Cell::new));
+        table.add_row(row);
     }
     table
+}
+
+/// Whether any machine shows anything of its temperature, throttling or power.
+fn has_sensors(nodes: &Value) -> bool {
+    let shows = |node: &Value| {
+        ["temperature_celsius", "throttled", "power_watts"].iter().any(|figure| !node[figure].is_null())
+    };
+    nodes["nodes"].as_array().into_iter().flatten().any(shows)
 }
 
 /// A figure that may not have been measured yet.
 fn measured(figure: u64, unit: &str) -> String {
     if figure == 0 { String::new() } else { format!("{figure} {unit}") }
+}
+
+/// Answers that were audited, and how many of them were wrong, if any was; nothing where none are.
+fn audited(audits: &Value) -> String {
+    let (right, wrong) = (number(audits, "right"), number(audits, "wrong"));
+    match (audits.is_null(), wrong) {
+        (true, _) => "-".to_owned(),
+        (false, 0) => right.to_string(),
+        (false, wrong) => format!("{}, {wrong} wrong", right + wrong),
+    }
+}
+
+/// Whether a machine slows itself down, and whether it is spared for that or for being hot.
+fn throttled(node: &Value) -> String {
+    let throttled = match node["throttled"].as_bool() {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "-",
+    };
+    let spared = if node["spared"].as_bool() == Some(true) { ", spared" } else { "" };
+    format!("{throttled}{spared}")
+}
+
+/// A figure that a machine may not show.
+fn shown(figure: &Value, digits: usize, unit: &str) -> String {
+    figure.as_f64().map_or_else(|| "-".to_owned(), |figure| format!("{figure:.digits$}{unit}"))
 }
 
 /// What the plan in use promised, in a line; nothing without one.

@@ -79,6 +79,10 @@ pub(crate) struct Options {
     /// holder, requests are answered with status 503 instead of slowly (for routers without the memory or disk for it)
     #[arg(long, conflicts_with = "alone")]
     no_fallback: bool,
+    /// Share of the nodes' answers to compute again, elsewhere or here, and compare bit for bit: 0.01 is one in a
+    /// hundred. A node that is found wrong gets no more work. Reads the experts concerned from the router's disk
+    #[arg(long, default_value_t = 0.0, value_parser = parse_share, conflicts_with = "alone", value_name = "SHARE")]
+    audit: f64,
     /// Be as slow as a machine that reads this many GB/s of weights (for studies)
     #[arg(long, value_parser = parse_pace)]
     pace_gb_s: Option<f64>,
@@ -127,6 +131,14 @@ pub(crate) fn parse_replicas(text: &str) -> Result<Copies, String> {
     }
 }
 
+/// Reads `--audit`.
+fn parse_share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("say a share of all calls, from 0 (none) to 1 (all); 0.01 is one in a hundred".to_owned()),
+    }
+}
+
 pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
     let mesh = if options.alone { None } else { Some(open_cluster(&options)?) };
     let hint = mesh.as_ref().map(|mesh| join_hint(&mesh.authority, &options));
@@ -143,6 +155,7 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
             (Replicate::None, None) => Resident::None,
         },
         fallback: !options.no_fallback,
+        audit: options.audit,
         memory_bytes: memory::available(),
         require_exact: options.model.require_exact(),
         http: options.http,

@@ -75,6 +75,7 @@ impl Mesh {
 
     fn config(&self, node: usize, kernels: Arc<dyn Kernels>) -> NodeConfig {
         NodeConfig {
+            sysfs: "/nowhere".into(),
             membership: self.membership(&self.identities[node], node),
             routers: vec![self.hub.local_addr()],
             model: Arc::clone(&self.source),

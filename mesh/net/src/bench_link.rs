@@ -415,7 +415,7 @@ impl NodeService for Idle {
     }
 
     fn health(&self) -> Health {
-        Health { epoch: 0, calls: 0, rows: 0, busy_us: 0, queued: 0, resident_bytes: 0 }
+        Health::default()
     }
 }
 

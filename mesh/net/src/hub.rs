@@ -354,6 +354,11 @@ impl Hub {
         Ok(())
     }
 
+    /// A node's answer was proven wrong, as `how` says (`Event::Lied`). Not for the network's thread.
+    pub fn convict(&self, node: NodeIndex, how: String) {
+        drop(self.commands.blocking_send(Command::Feed(Event::Lied(node, how))));
+    }
+
     /// Every node there has been since the start, in the order of `NodeIndex`.
     pub fn nodes(&self) -> Vec<NodeStatus> {
         let statuses = self.shared.cluster().statuses();

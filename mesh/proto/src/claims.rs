@@ -5,7 +5,9 @@
 //! plans that make no sense (all experts to one node, a layer predicted in no time). Refuses to turn such a node away:
 //! it may compute well.
 
-use mesh_wire::control::Hello;
+use std::ops::RangeInclusive;
+
+use mesh_wire::control::{Hello, Vitals};
 
 /// Most memory that is believed, bytes: several times the experts of the largest models known (a trillion weights in
 /// bf16), so that more would change no plan.
@@ -48,6 +50,21 @@ pub fn bounded(hello: Hello) -> (Hello, Claims) {
     (Hello { memory_bytes, weight_mb_s, ..hello }, claims)
 }
 
+/// Temperatures that are believed, thousandths of a degree: what processors of any machine in a house or a shed show.
+const TEMPERATURE_MC: RangeInclusive<i32> = -40_000..=150_000;
+
+/// Most power that is believed of one machine, milliwatts: a rack's.
+const POWER_MW_MAX: u32 = 20_000_000;
+
+/// What a node says of its sensors, as far as it can be.
+pub fn believable(vitals: Vitals) -> Vitals {
+    Vitals {
+        temperature_mc: vitals.temperature_mc.filter(|mc| TEMPERATURE_MC.contains(mc)),
+        power_mw: vitals.power_mw.filter(|mw| *mw <= POWER_MW_MAX),
+        ..vitals
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,5 +88,17 @@ mod tests {
         let (counted, claims) = bounded(Hello { memory_bytes: u64::MAX, ..Hello::default() });
         assert!(counted.memory_bytes == MEMORY_BYTES_MAX && matches!(claims, Claims::Cut(_)));
         assert!(matches!(bounded(Hello::default()).1, Claims::Unmeasured(_)));
+    }
+
+    #[test]
+    fn temperatures_and_powers_that_cannot_be_are_unavailable() {
+        let shown = |mc, mw| {
+            let vitals = Vitals { temperature_mc: Some(mc), power_mw: Some(mw), ..Vitals::default() };
+            let vitals = believable(vitals);
+            (vitals.temperature_mc, vitals.power_mw)
+        };
+        assert_eq!(shown(71_000, 65_000), (Some(71_000), Some(65_000)));
+        assert_eq!(shown(-273_000, u32::MAX - 1), (None, None));
+        assert_eq!(shown(i32::MAX, 0), (None, Some(0)));
     }
 }

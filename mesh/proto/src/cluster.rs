@@ -16,9 +16,10 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
-use crate::claims::{Claims, bounded};
+use crate::claims::{Claims, believable, bounded};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Budget, Flaps, Speed, Trust};
+use crate::heat::Heat;
 use crate::machine::{Capacity, Machine};
 use crate::placement::{Outlook, Plan, Wishes, plan};
 use crate::routes::{NodeIndex, Routes, Table};
@@ -37,6 +38,12 @@ pub const EPOCH_MAX: u64 = 1 << 48;
 /// Times a node may send what no correct node sends before it is left out until the operator pardons it. One may be a
 /// defect of this program; three are a broken machine or a hostile one.
 pub const MALFORMED_MAX: u32 = 3;
+
+/// Wrong answers that leave a node out. Kernels of the exact class give one result everywhere, and the router proves it
+/// twice before it says so: this is no suspicion that more of the same would confirm. A machine that computed wrongly
+/// once, whether it lies or its memory fails, changes text every time it does, and nobody notices; that it may be a
+/// good machine with one bad bit costs its help until somebody has looked at it.
+pub const WRONG_MAX: u32 = 1;
 
 /// What happened.
 #[derive(Clone, Debug)]
@@ -64,6 +71,8 @@ pub enum Event {
     Missed(NodeIndex),
     /// It sent something that no correct node sends: a reply of the wrong shape, a frame that does not parse.
     Malformed(NodeIndex),
+    /// It answered a call wrongly, which was proven by computing it here; the text says where and what follows from it.
+    Lied(NodeIndex, String),
     /// It is going to stop and wants no more calls.
     Leaving(NodeIndex),
     /// Its link was measured.
@@ -146,6 +155,10 @@ struct Node {
     note: String,
     /// Times it sent what no correct node sends; kept over reconnects.
     malformed: u32,
+    /// Times it was proven wrong; kept over reconnects.
+    wrong: u32,
+    /// Kept over reconnects, or a node could reconnect to be asked again.
+    heat: Heat,
     flaps: Flaps,
     /// It lost its connection too often, and gets no calls for now.
     barred: bool,
@@ -154,7 +167,7 @@ struct Node {
 
 impl Node {
     fn is_quarantined(&self) -> bool {
-        self.malformed >= MALFORMED_MAX
+        self.malformed >= MALFORMED_MAX || self.wrong >= WRONG_MAX
     }
 }
 
@@ -215,7 +228,7 @@ impl Cluster {
 
     /// As `new`, with a policy.
     pub fn with_policy(members: Vec<Member>, facts: ModelFacts, policy: Policy) -> Cluster {
-        let routes = Arc::new(Routes { epoch: 0, table: Table::empty(&facts) });
+        let routes = Arc::new(Routes { table: Table::empty(&facts), ..Routes::default() });
         let nodes = members.iter().map(|_| Node::default()).collect();
         Cluster {
             members,
@@ -256,10 +269,9 @@ impl Cluster {
                 return actions;
             }
             Event::Health(node, health) => {
-                if let Some(link) = self.link(node) {
-                    link.health = Some(health);
+                if !self.heard(now, (node, health), &mut actions) {
+                    return actions;
                 }
-                return actions;
             }
             Event::Missed(node) => {
                 if !self.link(node).is_some_and(|link| link.trust.missed(now)) {
@@ -269,6 +281,7 @@ impl Cluster {
                 self.report(node, note.into(), &mut actions);
             }
             Event::Malformed(node) => self.malformed(node, &mut actions),
+            Event::Lied(node, how) => self.lied(node, &how, &mut actions),
             Event::Leaving(node) => {
                 if let Some(link) = self.link(node) {
                     link.leaving = true;
@@ -418,6 +431,7 @@ impl Cluster {
             weight_bytes: link.map_or(0, |link| link.weight_bytes),
             hello: link.map(|link| link.hello.clone()),
             health: link.and_then(|link| link.health),
+            spared: link.is_some() && entry.heat.is_hot(),
             call_means: link.and_then(|link| link.trust.means()),
             link: link.map_or_else(LinkSpeed::default, |link| link.measured),
             note: entry.note.clone(),
@@ -529,6 +543,8 @@ impl Cluster {
         self.nodes[usize::from(node)].link = Some(link);
         match claims {
             Claims::Sound => {}
+            // Why it is left out matters more.
+            _ if self.nodes[usize::from(node)].is_quarantined() => {}
             Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
             Claims::Cut(note) => self.report(node, note, actions),
         }
@@ -578,6 +594,31 @@ impl Cluster {
         }
     }
 
+    fn lied(&mut self, node: NodeIndex, how: &str, actions: &mut Vec<Action>) {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
+        entry.wrong = entry.wrong.saturating_add(1);
+        if entry.wrong == WRONG_MAX {
+            self.report(node, format!("{how}; it is left out until `moemesh nodes pardon`"), actions);
+            self.replace(node);
+        }
+    }
+
+    /// Takes in a report. True if it changes who is to be asked.
+    fn heard(
+        &mut self,
+        now: Duration,
+        (node, health): (NodeIndex, Health),
+        actions: &mut Vec<Action>,
+    ) -> bool {
+        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return false };
+        let Some(link) = &mut entry.link else { return false };
+        let vitals = believable(health.vitals);
+        link.health = Some(Health { vitals, ..health });
+        let Some(change) = entry.heat.report(now, vitals) else { return false };
+        actions.push(Action::Report(node, change.to_string()));
+        true
+    }
+
     /// A node will not serve any more; the others shall hold what it was to hold.
     fn replace(&mut self, node: NodeIndex) {
         let newest = self.next.as_ref().or(self.current.as_ref());
@@ -590,7 +631,7 @@ impl Cluster {
         let without = newest.is_some_and(|stage| stage.plan.capacity(node).is_none());
         let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
         self.plan_wanted |= entry.is_quarantined() && entry.link.is_some() && without;
-        entry.malformed = 0;
+        (entry.malformed, entry.wrong) = (0, 0);
         entry.note.clear();
     }
 
@@ -713,7 +754,10 @@ impl Cluster {
             .collect();
         let table =
             current.plan.table.filtered(|node| serves.get(usize::from(node)).is_some_and(|serves| *serves));
-        let routes = Routes { epoch: current.epoch, table };
+        let hot =
+            (0..).zip(&self.nodes).zip(&serves).filter(|((_, node), serves)| **serves && node.heat.is_hot());
+        let spared = hot.map(|((index, _), _)| index).collect();
+        let routes = Routes { epoch: current.epoch, table, spared };
         if routes != *self.routes {
             self.routes = Arc::new(routes);
             actions.push(Action::RoutesChanged);

@@ -26,6 +26,8 @@ pub mod attempts;
 
 pub mod health;
 
+pub mod heat;
+
 pub mod routes;
 
 pub mod status;

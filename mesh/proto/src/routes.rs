@@ -179,6 +179,8 @@ pub struct Routes {
     pub epoch: u64,
     /// The nodes to ask.
     pub table: Table,
+    /// Those of them that are to be asked only for what no other holder can do, ascending (`heat`).
+    pub spared: Vec<NodeIndex>,
 }
 
 impl Routes {
@@ -210,7 +212,7 @@ mod tests {
         let without = table.filtered(|node| node != 0);
         assert_eq!(without.parts(1, 0), [part(0, 6, &[ROUTER, 2])]);
         assert!(without.parts(1, 1)[0].holders.is_empty());
-        let routes = Routes { epoch: 1, table: without };
+        let routes = Routes { epoch: 1, table: without, spared: Vec::new() };
         assert_eq!((routes.node(1, 0), routes.node(1, 1), routes.node(7, 0)), (Some(2), None, None));
     }
 

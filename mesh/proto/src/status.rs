@@ -69,6 +69,8 @@ pub struct NodeStatus {
     pub hello: Option<Hello>,
     /// Its last report.
     pub health: Option<Health>,
+    /// Whether others are asked before it, as it is hot (`heat`).
+    pub spared: bool,
     /// Mean time in its kernels and mean round trip of recent calls.
     pub call_means: Option<(Duration, Duration)>,
     /// What its link was measured to be.

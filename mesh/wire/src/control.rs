@@ -52,8 +52,21 @@ pub struct Placed {
     pub refusal: String,
 }
 
+/// What a machine's sensors show. `None` where it has none, or what they show cannot be: never zero instead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Vitals {
+    /// The hottest part of its processor, thousandths of a degree Celsius.
+    pub temperature_mc: Option<i32>,
+    /// Whether it slowed its processor down within the last seconds, because of heat or power.
+    pub throttled: Option<bool>,
+    /// What it draws, milliwatts.
+    pub power_mw: Option<u32>,
+    /// What it used since the node started, millijoules.
+    pub energy_mj: Option<u64>,
+}
+
 /// Counters a node reports every second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     /// Epoch it serves.
     pub epoch: u64,
@@ -67,6 +80,8 @@ pub struct Health {
     pub queued: u32,
     /// Resident memory of the process.
     pub resident_bytes: u64,
+    /// The machine's sensors.
+    pub vitals: Vitals,
 }
 
 /// The router asks on a lane how long bytes take; the node answers with `Probed`.

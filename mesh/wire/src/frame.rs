@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::payload::{GROUP, RowFormat};
 
 /// The protocol and its version, negotiated in TLS.
-pub const ALPN: &[u8] = b"moemesh/2";
+pub const ALPN: &[u8] = b"moemesh/3";
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 8;

@@ -11,7 +11,9 @@ use rkyv::{Archive, Portable, Serialize};
 
 use crate::archive::{self, Reserve};
 use crate::buffer::{Buffer, Pool};
-use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal};
+use crate::control::{
+    CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal, Vitals,
+};
 use crate::frame::{
     FrameError, NAME_BYTES_MAX, Op, PLACED_EXPERTS_MAX, PROBE_BYTES_MAX, ROSTER_BYTES_MAX, TEXT_BYTES_MAX,
 };
@@ -327,11 +329,32 @@ struct HealthArchive {
     busy_us: u64,
     resident_bytes: u64,
     queued: u32,
+    temperature_mc: i32,
+    power_mw: u32,
+    throttled: u8,
+    energy_mj: u64,
 }
 
+/// What a sensor that is not there shows: figures that none can show.
+const NO_TEMPERATURE: i32 = i32::MIN;
+const NO_POWER: u32 = u32::MAX;
+const NO_ENERGY: u64 = u64::MAX;
+const NO_THROTTLE: u8 = 2;
+
 fn encode_health(pool: &Pool, health: Health) -> Result<Buffer, FrameError> {
-    let Health { epoch, calls, rows, busy_us, queued, resident_bytes } = health;
-    let value = HealthArchive { epoch, calls, rows, busy_us, resident_bytes, queued };
+    let Health { epoch, calls, rows, busy_us, queued, resident_bytes, vitals } = health;
+    let value = HealthArchive {
+        epoch,
+        calls,
+        rows,
+        busy_us,
+        resident_bytes,
+        queued,
+        temperature_mc: vitals.temperature_mc.unwrap_or(NO_TEMPERATURE),
+        power_mw: vitals.power_mw.unwrap_or(NO_POWER),
+        throttled: vitals.throttled.map_or(NO_THROTTLE, u8::from),
+        energy_mj: vitals.energy_mj.unwrap_or(NO_ENERGY),
+    };
     archive::write(pool, Op::Health, 0, &value)
 }
 
@@ -344,6 +367,17 @@ fn decode_health(body: &[u8]) -> Result<Health, FrameError> {
         busy_us: archived.busy_us.to_native(),
         queued: archived.queued.to_native(),
         resident_bytes: archived.resident_bytes.to_native(),
+        vitals: Vitals {
+            temperature_mc: Some(archived.temperature_mc.to_native()).filter(|mc| *mc != NO_TEMPERATURE),
+            throttled: match archived.throttled {
+                0 => Some(false),
+                1 => Some(true),
+                NO_THROTTLE => None,
+                value => return Err(FrameError::Code { field: "throttle flag", value }),
+            },
+            power_mw: Some(archived.power_mw.to_native()).filter(|mw| *mw != NO_POWER),
+            energy_mj: Some(archived.energy_mj.to_native()).filter(|mj| *mj != NO_ENERGY),
+        },
     })
 }
 

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 
 use crate::buffer::{Buffer, Pool};
 use crate::call::{Assignment, Call, CallDraft, CallHead, CallView};
-use crate::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal};
+use crate::control::{
+    CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal, Vitals,
+};
 use crate::frame::{
     ASSIGNMENTS_MAX, BODY_BYTES_MAX, FrameError, HEADER_BYTES, HIDDEN_MAX, Header, NAME_BYTES_MAX, Op,
     PLACED_EXPERTS_MAX, PROBE_BYTES_MAX, ROSTER_BYTES_MAX, ROWS_MAX, TEXT_BYTES_MAX, TOP_K_MAX,
@@ -74,13 +76,21 @@ fn messages() -> Vec<Message> {
         instance: u64::MAX,
     };
     let experts = vec![slice(0, 3), Slice { from: 2, to: 6, ..slice(1, 0) }];
-    let health = Health { epoch: 1, calls: 2, rows: 3, busy_us: 4, queued: 5, resident_bytes: 6 };
+    let vitals = Vitals {
+        temperature_mc: Some(-12_500),
+        throttled: Some(true),
+        power_mw: Some(0),
+        energy_mj: Some(u64::MAX - 1),
+    };
+    let health = Health { epoch: 1, calls: 2, rows: 3, busy_us: 4, queued: 5, resident_bytes: 6, vitals };
+    let dark = Health { vitals: Vitals::default(), ..health };
     let refused = CallRefused { call: 9, refusal: Refusal::UnknownEpoch, detail: "epoch 3, not 4".into() };
     vec![
         Message::Hello(hello),
         Message::Placement(Placement { epoch: 8, model: [1; 32], experts }),
         Message::Placed(Placed { epoch: 8, weight_bytes: 99, refusal: String::new() }),
         Message::Health(health),
+        Message::Health(dark),
         Message::Goodbye(Goodbye { reason: "stopped by its operator".into() }),
         Message::CallRefused(refused),
         Message::Probe(Probe { id: 3, answer_bytes: 4, padding: vec![5; 6] }),

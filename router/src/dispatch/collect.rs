@@ -143,6 +143,8 @@ impl Dispatch {
                 }
             }
         }
+        let counted = (self.step, self.calls);
+        self.calls += self.inspection.look(flight, call, (&reply, layer.index, layer.work), counted);
         if self.some.is_empty() {
             return Ok(());
         }

@@ -29,6 +29,7 @@ use model::home::{Home, Residency};
 use model::kernel::Assignment;
 use model::open::Model;
 use moemesh_tests::cluster::native;
+use moemesh_tests::lies::Lie;
 use quinn::{RecvStream, SendStream};
 
 /// Bytes of frames.
@@ -71,6 +72,7 @@ enum Mode {
     Boast,
     /// Sums that look right and are not.
     Sums,
+    Plausible(Lie),
     /// It does not lie.
     Honest,
 }
@@ -96,8 +98,16 @@ impl Mode {
             "boast" => Mode::Boast,
             "sums" => Mode::Sums,
             "honest" => Mode::Honest,
-            _ => return None,
+            // The model is of four bits already.
+            "fewer-bits" => return None,
+            name => Mode::Plausible(Lie::parse(name)?),
         })
+    }
+}
+
+impl Mode {
+    fn lie(self) -> Option<Lie> {
+        if let Mode::Plausible(lie) = self { Some(lie) } else { None }
     }
 }
 
@@ -217,7 +227,9 @@ impl Liar {
         for from in call.view().assignments() {
             let key = ExpertKey { layer: head.layer, expert: from.expert };
             let part = *self.held.lock().unwrap_or_else(PoisonError::into_inner).get(&(head.epoch, key))?;
-            let assignment = Assignment { row: from.row, expert: from.expert, weight: from.weight };
+            let experts = self.model.config.moe.experts as u16;
+            let expert = self.mode.lie().map_or(from.expert, |lie| lie.expert(from.expert, experts));
+            let assignment = Assignment { row: from.row, expert, weight: from.weight };
             by_part.entry(part).or_default().push(assignment);
         }
         let x = Activations::new(self.model.format, rows, hidden, call.view().payload())?;
@@ -226,6 +238,7 @@ impl Liar {
         for (part, assignments) in by_part {
             home.add_slice(usize::from(head.layer), part, (x, &assignments), &mut sums).ok()?;
         }
+        self.mode.lie().into_iter().for_each(|lie| lie.bend(head.call, &mut sums));
         let narrow = |row: &[i64]| row.iter().map(|sum| i32::try_from(*sum).ok()).collect();
         Some(sums.chunks_exact(hidden).map(narrow).collect())
     }
@@ -242,7 +255,7 @@ impl Liar {
         let Some(mut rows) = self.sums(call) else { return Vec::new() };
         let right = self.encode(head.call, head.hidden, &rows);
         match self.mode {
-            Mode::Honest | Mode::Stale | Mode::Boast | Mode::Drip => right,
+            Mode::Honest | Mode::Stale | Mode::Boast | Mode::Drip | Mode::Plausible(_) => right,
             Mode::Silence => Vec::new(),
             Mode::Twice => right.repeat(2),
             Mode::Short => {

@@ -178,7 +178,8 @@ fn nonsense_on_the_control_stream_ends_the_connection_and_nothing_else() {
     }
     let mut raw = RawNode::connect(&keys, 0, hub.local_addr());
     raw.say(&Message::Hello(hello()));
-    let health = Health { epoch: 0, calls: 1, rows: 2, busy_us: 3, queued: 4, resident_bytes: 5 };
+    let health =
+        Health { epoch: 0, calls: 1, rows: 2, busy_us: 3, queued: 4, resident_bytes: 5, ..Health::default() };
     raw.say(&Message::Health(health));
     let heard = |cluster: &mesh_proto::cluster::Cluster| cluster.status(0).unwrap().health == Some(health);
     assert!(hub.wait_until(LONG, heard));

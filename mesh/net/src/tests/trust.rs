@@ -173,8 +173,9 @@ fn a_false_router_is_noticed_by_the_node() {
 #[test]
 fn another_version_or_none_does_not_get_in() {
     let keys = keys(1);
-    assert_eq!(ALPN, b"moemesh/2");
-    for protocols in [vec![b"moemesh/1".to_vec()], vec![b"h3".to_vec()], vec![]] {
+    assert_eq!(ALPN, b"moemesh/3");
+    for protocols in [vec![b"moemesh/1".to_vec()], vec![b"moemesh/2".to_vec()], vec![b"h3".to_vec()], vec![]]
+    {
         let mut client = client(&keys, &keys.nodes[0]);
         client.alpn_protocols = protocols;
         let error = dialed(&keys, client).unwrap_err();

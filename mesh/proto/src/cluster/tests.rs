@@ -2,6 +2,7 @@
 
 mod simulation;
 
+use mesh_wire::control::Vitals;
 use mesh_wire::id::{ExpertKey, NodeId, Slice};
 
 use super::*;
@@ -256,7 +257,7 @@ fn misses_make_a_node_suspect_and_a_trial_brings_it_back() {
 fn events_about_strangers_are_ignored() {
     let mut cluster = serving();
     let before = cluster.routes();
-    let health = Health { epoch: 1, calls: 0, rows: 0, busy_us: 0, queued: 0, resident_bytes: 0 };
+    let health = Health { epoch: 1, ..Health::default() };
     for event in [
         Event::Joined(3, hello(9)),
         Event::Lost(3),
@@ -309,6 +310,56 @@ fn a_node_that_sends_nonsense_is_left_out_until_it_is_pardoned() {
     let actions = cluster.handle(SECOND, Event::Pardon(1));
     assert_eq!(places(&actions), [(0, 3, 8), (1, 3, 8), (2, 3, 8)], "the plan was made without it");
     assert_ne!(state(&cluster, 1), NodeState::Quarantined);
+}
+
+#[test]
+fn a_node_that_was_proven_wrong_is_left_out_at_once_until_it_is_pardoned() {
+    let mut cluster = serving();
+    let actions = cluster.handle(SECOND, Event::Lied(1, "computed wrongly".into()));
+    let Action::Report(1, text) = &actions[0] else { panic!("{actions:?}") };
+    assert_eq!(*text, "computed wrongly; it is left out until `moemesh nodes pardon`");
+    assert_eq!(cluster.status(1).unwrap().note, *text);
+    assert_eq!(places(&actions), [(0, 2, 12), (2, 2, 12)], "the others are to take over");
+    assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Quarantined, 0));
+    assert_eq!(cluster.handle(SECOND, Event::Lied(1, "again".into())), [], "said once");
+    cluster.handle(SECOND, Event::Lost(1));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    assert_eq!(state(&cluster, 1), NodeState::Quarantined, "coming back changes nothing");
+    assert!(cluster.status(1).unwrap().note.contains("computed wrongly"), "nor what is said of it");
+    cluster.handle(SECOND, Event::Pardon(1));
+    assert_ne!(state(&cluster, 1), NodeState::Quarantined);
+    let actions = cluster.handle(SECOND, Event::Lied(1, "once more".into()));
+    assert!(
+        matches!(&actions[0], Action::Report(1, _)),
+        "a pardon forgives, it does not protect: {actions:?}"
+    );
+}
+
+#[test]
+fn a_hot_node_is_spared_while_it_serves_and_routed_all_the_same() {
+    let mut cluster = serving();
+    let shown = |degrees: i32| {
+        let vitals = Vitals { temperature_mc: Some(degrees * 1000), ..Vitals::default() };
+        Event::Health(1, Health { vitals, ..Health::default() })
+    };
+    assert_eq!(cluster.handle(2 * SECOND, shown(81)), []);
+    let actions = cluster.handle(3 * SECOND, shown(82));
+    assert!(matches!(&actions[..], [Action::Report(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert_eq!(cluster.routes().spared, [1]);
+    assert_eq!((routed(&cluster, 1), cluster.status(1).unwrap().spared), (8, true));
+    // Reconnecting does not make it cool, and does not let it change more often.
+    cluster.handle(4 * SECOND, Event::Lost(1));
+    assert!(cluster.routes().spared.is_empty());
+    cluster.handle(5 * SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(5 * SECOND, Event::Placed(1, ack(1)));
+    assert_eq!(cluster.routes().spared, [1]);
+    assert_eq!(cluster.handle(6 * SECOND, shown(40)), []);
+    let actions = cluster.handle(40 * SECOND, shown(40));
+    assert!(matches!(&actions[..], [Action::Report(1, _), Action::RoutesChanged]), "{actions:?}");
+    assert!(cluster.routes().spared.is_empty());
+    // What no sensor shows is not believed.
+    assert_eq!(cluster.handle(100 * SECOND, shown(2_000_000)), []);
+    assert_eq!(cluster.status(1).unwrap().health.unwrap().vitals, Vitals::default());
 }
 
 #[test]
