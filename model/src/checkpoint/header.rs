@@ -114,8 +114,10 @@ pub(super) fn parse(file: &[u8]) -> Result<(usize, Vec<(String, Entry)>), String
             rest.len()
         ));
     };
+    // As the reference does: what is skipped, in the metadata, would not be looked at otherwise.
+    let header = std::str::from_utf8(header).map_err(|error| format!("the header is not UTF-8: {error}"))?;
     let raw: Header =
-        serde_json::from_slice(header).map_err(|error| format!("the header is not valid: {error}"))?;
+        serde_json::from_str(header).map_err(|error| format!("the header is not valid: {error}"))?;
     let mut entries = Vec::with_capacity(raw.0.len());
     for (name, tensor) in raw.0 {
         let entry = entry(&tensor).map_err(|reason| format!("tensor {}: {reason}", name.escape_debug()))?;

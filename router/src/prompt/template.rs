@@ -30,8 +30,8 @@ pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' 
      message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
      {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
-/// Source bytes at most: several times the longest of a published model.
-const SOURCE_BYTES_MAX: usize = 128 << 10;
+/// Source bytes at most: ten times the longest of a published model.
+const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// Template instructions per rendering: a tenth of a second of work; a long chat takes some ten thousand, one of as many
 /// messages as a request may have some hundred thousand.
 const FUEL: u64 = 2_000_000;

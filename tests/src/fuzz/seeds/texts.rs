@@ -134,7 +134,7 @@ fn templates() -> Vec<Seed> {
         ),
         (
             "deep-print",
-            "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[]) %}{% for i in range(20000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
         ),
         ("refuses", "{{ raise_exception('no\u{1b}[2J ' ~ 'x' * 10000) }}"),
         ("unknown-filter", "{{ messages|nofilter }}"),
