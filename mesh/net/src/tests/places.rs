@@ -18,8 +18,9 @@ fn a_router_that_moved_is_found_where_it_is_suggested() {
     // What nobody proved leads nowhere: another cluster's router does not serve this node.
     let other = super::harness::keys(0);
     let wrong = hub(&other);
-    membership.suggestions().suggest(keys.router(), wrong.local_addr());
     membership.suggestions().suggest(keys.router(), moved.local_addr());
+    // The newest is tried first.
+    membership.suggestions().suggest(keys.router(), wrong.local_addr());
     call_and_check(&moved, 1);
     assert_eq!(moved.counters().connections, 1);
     assert_eq!(wrong.counters().connections, 0);
