@@ -98,6 +98,9 @@ def spoofed(lab: Lab, result: Result) -> None:
     try:
         with Capture(lab.lan, ROGUE) as seen:
             before = [(process.memory_kib(), discovery_cpu_s(process)) for process in processes]
+            # Heard before the flood is noticed: a candidate is dialed within a second.
+            speaker.claim([(victim, trap.port)])
+            time.sleep(SETTLE_S)
             began, sent = time.monotonic(), 0
             while sent < RECORDS:
                 due = min(RECORDS, round(RECORDS * (time.monotonic() - began) / FLOOD_S))

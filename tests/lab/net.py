@@ -329,7 +329,7 @@ class Lan:
         before, after = self.address[machine], f"{SUBNET}{last}"
         self.moved.setdefault(machine, before)
         batch(
-            self.namespace(machine), f"address add {after}/24 dev eth0", f"address del {before}/24 dev eth0"
+            self.namespace(machine), f"address del {before}/24 dev eth0", f"address add {after}/24 dev eth0"
         )
         self.address[machine] = after
 
@@ -342,7 +342,7 @@ class Lan:
         """Everything is whole again."""
         for machine, before in self.moved.items():
             after = self.address[machine]
-            batch(self.namespace(machine), f"address add {before}/24 dev eth0", f"address del {after}/24 dev eth0")
+            batch(self.namespace(machine), f"address del {after}/24 dev eth0", f"address add {before}/24 dev eth0")
             self.address[machine] = before
         self.moved.clear()
         for machine in list(self.relays):

@@ -30,7 +30,7 @@ fn named<'a>(checks: &'a [Value], outcome: &str) -> Vec<&'a str> {
 /// The one check that fails, as it says.
 #[track_caller]
 fn fails(arguments: &[&str], name: &str, words: &[&str]) {
-    let all = [&["doctor", "net", "--json"], arguments].concat();
+    let all = [&["doctor", "net", "--json"][..], arguments].concat();
     let checks = checks(&moemesh(&all));
     assert_eq!(named(&checks, "fail"), [name], "{checks:#?}");
     let failed = checks.iter().find(|check| check["name"] == name).expect("it is there");
@@ -81,7 +81,7 @@ fn ports_and_names_that_lead_nowhere_are_told_apart() {
     let folder = folder();
     let nowhere = folder.path().join("none").to_string_lossy().into_owned();
     let state = ["--json", "--state", &nowhere];
-    let run = |host: &str| checks(&moemesh(&[&["doctor", "net", host], &state[..]].concat()));
+    let run = |host: &str| checks(&moemesh(&[&["doctor", "net", host][..], &state].concat()));
     let what = |checks: &[Value], name: &str| {
         let found = checks.iter().find(|check| check["name"] == name);
         found.unwrap_or_else(|| panic!("no {name}: {checks:#?}"))["what"]
@@ -101,7 +101,7 @@ fn ports_and_names_that_lead_nowhere_are_told_apart() {
     assert!(what(&seen, "port").contains("nothing comes back from UDP"), "{seen:#?}");
     let seen = run("no.such.host.invalid");
     assert_eq!(named(&seen, "fail"), ["membership", "name"], "{seen:#?}");
-    let seen = checks(&moemesh(&[&["doctor", "net"], &state[..]].concat()));
+    let seen = checks(&moemesh(&[&["doctor", "net"][..], &state].concat()));
     assert_eq!(named(&seen, "fail"), ["membership", "name"], "{seen:#?}");
     assert!(!folder.path().join("none").exists(), "a doctor leaves nothing behind");
 }

@@ -79,7 +79,7 @@ mod tests {
             ("[fd00::7]", "[fd00::7]:8621"),
             ("[fd00::7]:1", "[fd00::7]:1"),
         ] {
-            assert_eq!(resolve(text).unwrap(), [address.parse().unwrap()], "{text}");
+            assert_eq!(resolve(text).unwrap(), [address.parse::<SocketAddr>().unwrap()], "{text}");
         }
         assert!(resolve("localhost").unwrap().iter().all(|a| a.ip().is_loopback() && a.port() == 8621));
         assert!(resolve("no.such.host.invalid").is_err() && resolve("").is_err());

@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, ServerConfig};
 
-use super::harness::{Keys, Running, call_and_check, hub, keys, listen_anywhere, runtime};
+use super::harness::{Keys, LONG, Running, call_and_check, hub, keys, listen_anywhere, runtime};
 use crate::identity::Identity;
 use crate::look::{Port, Stated, Turned, enter, introduce, is_there, knock, leaves_from};
 use crate::tls::Gate;
@@ -32,6 +32,7 @@ fn a_node_that_is_connected_is_not_disturbed() {
     let keys = keys(1);
     let hub = hub(&keys);
     let _node = Running::start(&keys, 0, vec![hub.local_addr()]);
+    assert!(hub.wait_ready(1, LONG));
     call_and_check(&hub, 1);
     enter(hub.local_addr(), &keys.nodes[0], keys.router()).unwrap();
     call_and_check(&hub, 1);

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 
-use super::harness::{Running, call_and_check, hub, hub_config, keys, listen_anywhere};
+use super::harness::{LONG, Running, call_and_check, hub, hub_config, keys, listen_anywhere};
 use crate::hub::Hub;
 use crate::membership::Membership;
 
@@ -18,8 +18,10 @@ fn a_router_that_moved_is_found_where_it_is_suggested() {
     // What nobody proved leads nowhere: another cluster's router does not serve this node.
     let other = super::harness::keys(0);
     let wrong = hub(&other);
-    membership.suggestions().suggest(keys.router(), wrong.local_addr());
     membership.suggestions().suggest(keys.router(), moved.local_addr());
+    // The newest is tried first.
+    membership.suggestions().suggest(keys.router(), wrong.local_addr());
+    assert!(moved.wait_ready(1, LONG));
     call_and_check(&moved, 1);
     assert_eq!(moved.counters().connections, 1);
     assert_eq!(wrong.counters().connections, 0);
@@ -34,6 +36,7 @@ fn a_place_that_was_given_is_tried_before_one_that_is_suggested() {
     let membership = keys.membership(&keys.nodes[0]);
     membership.suggestions().suggest(keys.router(), suggested.local_addr());
     let _node = Running::of(membership, vec![given.local_addr()]);
+    assert!(given.wait_ready(1, LONG));
     call_and_check(&given, 1);
     assert_eq!(suggested.counters().connections, 0);
 }
