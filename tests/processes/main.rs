@@ -14,3 +14,4 @@ mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;
 mod trust;
+mod weights;

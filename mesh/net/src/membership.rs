@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_wire::id::NodeId;
 use thiserror::Error;
@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::disk::{DiskError, Folder};
 use crate::identity::Identity;
 use crate::keys::{CLUSTER_FILE, KeyError};
+use crate::members::Members;
 use crate::roster::{RosterError, SignedRoster, check_name};
 use crate::token::{ADDRESSES_MAX, Token, cluster_hash};
 
@@ -119,6 +120,8 @@ pub struct Membership {
     identity: Identity,
     admission: Admission,
     seen: Mutex<Seen>,
+    /// Those of the newest roster: who may borrow weights of this machine.
+    members: Arc<Members>,
     /// `None`: nothing outlives the process.
     folder: Option<Folder>,
 }
@@ -147,8 +150,8 @@ impl Membership {
         let unusable = || MembershipError::Content(folder.file(FILE).display().to_string());
         let text = std::str::from_utf8(&content).map_err(|_| unusable())?;
         let (admission, seen) = parse(text).ok_or_else(unusable)?;
-        let seen = Mutex::new(seen);
-        Ok(Opened::Member(Box::new(Membership { identity, admission, seen, folder: Some(folder) })))
+        let membership = Membership::of(identity, admission, seen, Some(folder));
+        Ok(Opened::Member(Box::new(membership)))
     }
 
     /// Keeps what was learned by joining.
@@ -162,12 +165,23 @@ impl Membership {
     ) -> Result<Membership, MembershipError> {
         let seen = Seen::default();
         folder.write(FILE, to_text(&admission, &seen).as_bytes())?;
-        Ok(Membership { identity, admission, seen: Mutex::new(seen), folder: Some(folder) })
+        Ok(Membership::of(identity, admission, seen, Some(folder)))
     }
 
     /// A membership that ends with the process: for measurements, and tests.
     pub fn in_memory(identity: Identity, admission: Admission) -> Membership {
-        Membership { identity, admission, seen: Mutex::default(), folder: None }
+        Membership::of(identity, admission, Seen::default(), None)
+    }
+
+    fn of(identity: Identity, admission: Admission, seen: Seen, folder: Option<Folder>) -> Membership {
+        let members = Arc::<Members>::default();
+        seen.roster.iter().for_each(|roster| members.set(roster.roster()));
+        Membership { identity, admission, seen: Mutex::new(seen), members, folder }
+    }
+
+    /// The keys of the newest roster seen; follows it.
+    pub fn members(&self) -> Arc<Members> {
+        Arc::clone(&self.members)
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -227,6 +241,7 @@ impl Membership {
         if let Some(folder) = &self.folder {
             folder.write(FILE, to_text(&self.admission, &next).as_bytes())?;
         }
+        next.roster.iter().for_each(|roster| self.members.set(roster.roster()));
         *seen = next;
         Ok(())
     }

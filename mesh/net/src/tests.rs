@@ -12,3 +12,4 @@ mod probes;
 mod roster;
 mod state;
 mod trust;
+mod weights;
