@@ -72,6 +72,12 @@ pub(crate) struct ModelOptions {
     pub(crate) cache: Option<PathBuf>,
 }
 
+/// Refuses a choice of instructions (`MOEMESH_ISA`) that this machine has not.
+pub(crate) fn check_isa() -> anyhow::Result<()> {
+    Isa::chosen().map_err(anyhow::Error::msg)?;
+    Ok(())
+}
+
 /// A pace in GB/s: above zero.
 pub(crate) fn parse_pace(text: &str) -> Result<f64, String> {
     let pace: f64 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
@@ -125,8 +131,8 @@ impl ModelOptions {
 
     /// Opens the model, packing it first if need be, with progress on standard error.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<Model>> {
-        // Before minutes of packing: a setting that this machine cannot meet.
-        Isa::chosen().map_err(anyhow::Error::msg)?;
+        // Before minutes of packing.
+        check_isa()?;
         let mut progress = Progress::new();
         let mut show = |done, total, what: &str| {
             // A tensor's name alone does not say what happens to it.

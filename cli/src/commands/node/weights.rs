@@ -19,7 +19,7 @@ use model::kernel::Kernels;
 use model::open::Model;
 use tokio::runtime::Runtime;
 
-use crate::model_options::{ModelOptions, Products};
+use crate::model_options::{ModelOptions, Products, check_isa};
 use crate::output::{self, Progress};
 use crate::{signals, state};
 
@@ -87,6 +87,8 @@ impl Depot {
         if options.model.model.is_some() {
             return Ok(Depot::Here);
         }
+        // Before the router is waited for.
+        check_isa()?;
         let quota = options.weights.disk.map(|gib| (gib * f64::from(1 << 30)) as u64);
         let store = Arc::new(Store::open(&folder(options)?, quota)?);
         let exchange = Exchange::start(ExchangeConfig {
