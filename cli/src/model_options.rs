@@ -72,6 +72,12 @@ pub(crate) struct ModelOptions {
     pub(crate) cache: Option<PathBuf>,
 }
 
+/// Refuses a choice of instructions (`MOEMESH_ISA`) that this machine has not.
+pub(crate) fn check_isa() -> anyhow::Result<()> {
+    Isa::chosen().map_err(anyhow::Error::msg)?;
+    Ok(())
+}
+
 /// A pace in GB/s: above zero.
 pub(crate) fn parse_pace(text: &str) -> Result<f64, String> {
     let pace: f64 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
@@ -125,8 +131,8 @@ impl ModelOptions {
 
     /// Opens the model, packing it first if need be, with progress on standard error.
     pub(crate) fn open(&self) -> anyhow::Result<Arc<Model>> {
-        // Before minutes of packing: a setting that this machine cannot meet.
-        Isa::chosen().map_err(anyhow::Error::msg)?;
+        // Before minutes of packing.
+        check_isa()?;
         let mut progress = Progress::new();
         let mut show = |done, total, what: &str| {
             // A tensor's name alone does not say what happens to it.
@@ -145,6 +151,14 @@ impl ModelOptions {
 
     /// The kernels for products of this model, and the native ones for everything between them.
     pub(crate) fn load_kernels(&self, model: &Model) -> anyhow::Result<(Arc<dyn Kernels>, Arc<Native>)> {
+        self.load_kernels_for(Products::of(model))
+    }
+
+    /// The same for a model of which only the sizes are known.
+    pub(crate) fn load_kernels_for(
+        &self,
+        products: Products,
+    ) -> anyhow::Result<(Arc<dyn Kernels>, Arc<Native>)> {
         if self.device != CPU && self.require_exact() {
             bail!(
                 "--device {} is for libtorch, and exact kernels run on the CPU only: add --kernels fastest (or \
@@ -157,8 +171,8 @@ impl ModelOptions {
         let native = Arc::new(Native::new(NativeConfig::threads(threads))?);
         let kernels: Arc<dyn Kernels> = match (self.backend, self.kernels) {
             (Backend::Native, Class::Exact) => Arc::<Native>::clone(&native),
-            (Backend::Native, Class::Fastest) => self.fastest(model, &native)?,
-            (Backend::Libtorch, _) => self.libtorch(model, &native)?,
+            (Backend::Native, Class::Fastest) => self.fastest(products, &native)?,
+            (Backend::Libtorch, _) => self.libtorch(products, &native)?,
         };
         tracing::info!(exact = kernels.exact(), "kernels: {} {}", kernels.name(), kernels.isa());
         Ok((kernels, native))
@@ -171,23 +185,23 @@ impl ModelOptions {
 
     /// Native and libtorch, each where it is faster, measured now.
     #[cfg(feature = "torch")]
-    fn fastest(&self, model: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+    fn fastest(&self, products: Products, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
         let mut candidates: Vec<Arc<dyn Kernels>> = vec![Arc::<Native>::clone(native)];
-        candidates.extend(libtorch_backends(&self.device, model.format, native)?);
-        Ok(Arc::new(Fastest::measure("fastest", candidates, workload(model))?))
+        candidates.extend(libtorch_backends(&self.device, products.format, native)?);
+        Ok(Arc::new(Fastest::measure("fastest", candidates, products.workload())?))
     }
 
     #[cfg(feature = "torch")]
-    fn libtorch(&self, model: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
-        let mut candidates = libtorch_backends(&self.device, model.format, native)?;
+    fn libtorch(&self, products: Products, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+        let mut candidates = libtorch_backends(&self.device, products.format, native)?;
         match candidates.len() {
             1 => Ok(candidates.swap_remove(0)),
-            _ => Ok(Arc::new(Fastest::measure("libtorch", candidates, workload(model))?)),
+            _ => Ok(Arc::new(Fastest::measure("libtorch", candidates, products.workload())?)),
         }
     }
 
     #[cfg(not(feature = "torch"))]
-    fn fastest(&self, _: &Model, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+    fn fastest(&self, _: Products, native: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
         self.need_cpu()?;
         tracing::warn!(
             "this build has no libtorch: --kernels fastest is our own kernels, as --kernels exact is"
@@ -196,7 +210,7 @@ impl ModelOptions {
     }
 
     #[cfg(not(feature = "torch"))]
-    fn libtorch(&self, _: &Model, _: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
+    fn libtorch(&self, _: Products, _: &Arc<Native>) -> anyhow::Result<Arc<dyn Kernels>> {
         bail!("--backend libtorch: this build has none; use the build with libtorch, or leave --backend out")
     }
 
@@ -230,14 +244,33 @@ impl ModelOptions {
     }
 }
 
-/// What the model asks of its kernels: its experts, and the stacked projections of its first layer.
-#[cfg(feature = "torch")]
-fn workload(model: &Model) -> Workload {
-    let config = &model.config;
-    Workload {
-        format: model.format,
-        expert: (config.hidden, config.moe.inter),
-        matrix: (config.q_width() + 2 * config.kv_width(), config.hidden),
+/// Sizes of what a model multiplies by, by which kernels are chosen.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "torch"), allow(dead_code, reason = "there is nothing to choose between"))]
+pub(crate) struct Products {
+    /// Format of the weights.
+    pub(crate) format: Format,
+    /// Width of a row and of an expert.
+    pub(crate) expert: (usize, usize),
+    /// Outputs and inputs of a matrix that is no expert's.
+    pub(crate) matrix: (usize, usize),
+}
+
+impl Products {
+    /// What the model asks of its kernels: its experts, and the stacked projections of its first layer.
+    fn of(model: &Model) -> Products {
+        let config = &model.config;
+        Products {
+            format: model.format,
+            expert: (config.hidden, config.moe.inter),
+            matrix: (config.q_width() + 2 * config.kv_width(), config.hidden),
+        }
+    }
+
+    #[cfg(feature = "torch")]
+    fn workload(self) -> Workload {
+        let Products { format, expert, matrix } = self;
+        Workload { format, expert, matrix }
     }
 }
 

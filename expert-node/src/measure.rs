@@ -32,7 +32,7 @@ pub fn weight_mb_s(
     let expert_bytes = shape.bytes(width);
     let experts = (SAMPLE_BYTES / expert_bytes.max(1)).clamp(1, u64::from(shape.experts)) as u16;
     let widths: Vec<_> = (0..experts).map(|expert| (expert, width)).collect();
-    let read = |at: usize, out: &mut [u8]| source.read(of(at as u16), out);
+    let read = |at: usize, out: &mut [u8]| source.sample(of(at as u16), out);
     let sample = gather((shape.format, shape.hidden), &widths, read)?;
     let runs = kernels.experts(sample, source.step_log2(layer))?;
     let (format, hidden) = (shape.format, shape.hidden);

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_net::station::{NodeService, ReplySink};
 use mesh_wire::call::Call;
-use mesh_wire::control::{Health, Hello, Placed, Placement, Refusal, Vitals};
+use mesh_wire::control::{self, Health, Hello, Placed, Placement, Refusal, Vitals};
+use mesh_wire::id::Slice;
 
 use crate::batch::{Job, Queue, Rejected};
 use crate::sensors::Watch;
-use crate::shard::Shard;
+use crate::shard::{Fetching, Shard};
 use crate::worker::Counters;
 
 /// The node, as the network sees it.
@@ -37,6 +38,8 @@ pub struct Loading {
     pub done: u64,
     /// Experts of the placement.
     pub total: u64,
+    /// Bytes of all of them.
+    pub bytes: u64,
 }
 
 impl Service {
@@ -89,8 +92,12 @@ impl NodeService for Service {
     fn place(&self, placement: Placement) -> Placed {
         let (epoch, total) = (placement.epoch, placement.experts.len() as u64);
         tracing::info!(epoch, experts = total, "loading a placement");
+        let shape = self.shard.shape();
+        let width = |slice: &Slice| shape.width(slice).map_or(0, |width| shape.bytes(width));
+        let bytes = placement.experts.iter().map(width).sum();
+        self.set_loading(Some(Loading { epoch, done: 0, total, bytes }));
         let placed = self.shard.place(&placement, &mut |done, total| {
-            self.set_loading(Some(Loading { epoch, done, total }));
+            self.set_loading(Some(Loading { epoch, done, total, bytes }));
         });
         self.set_loading(None);
         match placed {
@@ -103,6 +110,17 @@ impl NodeService for Service {
                 Placed { epoch, weight_bytes: self.shard.weight_bytes(), refusal: error.to_string() }
             }
         }
+    }
+
+    /// What is fetched, and then what is read into memory; both count from nothing.
+    fn loading(&self) -> Option<control::Loading> {
+        if let Some(Fetching { bytes, peer_bytes, .. }) = self.shard.fetching() {
+            let (done_bytes, total_bytes) = bytes;
+            return Some(control::Loading { done_bytes, total_bytes, peer_bytes });
+        }
+        let loading = Service::loading(self)?;
+        let done_bytes = loading.bytes / loading.total.max(1) * loading.done;
+        Some(control::Loading { done_bytes, total_bytes: loading.bytes, peer_bytes: 0 })
     }
 
     fn call(&self, call: Call, sink: ReplySink) {

@@ -57,7 +57,20 @@ impl Shape {
     }
 }
 
-/// Where experts come from. `Model` is the one; tests have others.
+/// How far a source is with fetching experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fetching {
+    /// Experts that are here, of those that were missing.
+    pub experts: (u64, u64),
+    /// Bytes that are here, of those that were missing.
+    pub bytes: (u64, u64),
+    /// Bytes that came from the router since the process started.
+    pub router_bytes: u64,
+    /// Bytes that came from other nodes since then.
+    pub peer_bytes: u64,
+}
+
+/// Where experts come from: a `Model` on this machine, or one that is fetched (`remote`).
 pub trait Source: Send + Sync + std::fmt::Debug {
     /// What its experts have in common.
     fn shape(&self) -> Shape;
@@ -73,6 +86,29 @@ pub trait Source: Send + Sync + std::fmt::Debug {
 
     /// Combine step of a layer, as a power of two.
     fn step_log2(&self, layer: u16) -> i8;
+
+    /// Makes ready to read `fresh`, which are those of a placement of `wanted` that are not in memory. May take long;
+    /// ends soon once `ending` is set.
+    ///
+    /// # Errors
+    /// Where that cannot be.
+    fn prepare(&self, wanted: &[Slice], fresh: &[Slice], ending: &AtomicBool) -> Result<(), OpenError> {
+        let _ = (wanted, fresh, ending);
+        Ok(())
+    }
+
+    /// What `prepare` or `read` is fetching at the moment.
+    fn fetching(&self) -> Option<Fetching> {
+        None
+    }
+
+    /// Writes something that takes kernels as long as the packed bytes of this slice do: by it the machine is measured.
+    ///
+    /// # Errors
+    /// As `read`.
+    fn sample(&self, slice: Slice, out: &mut [u8]) -> Result<(), OpenError> {
+        self.read(slice, out)
+    }
 }
 
 impl Source for Model {
@@ -286,11 +322,32 @@ impl Shard {
             return Ok(self.weight_bytes());
         }
         let needed = self.needed(placement)?;
+        // While calls of the epochs that are held go on.
+        self.source.prepare(&placement.experts, &self.fresh(placement), &self.ending)?;
+        if self.ending.load(Ordering::Relaxed) {
+            return Err(PlaceError::Ending);
+        }
         let wanted = by_layer(placement);
         let shared = self.make_room(placement.epoch, &wanted, needed);
         let layers = self.load(&wanted, shared, progress)?;
         self.lock().push(Arc::new(Epoch { epoch: placement.epoch, layers }));
         Ok(self.weight_bytes())
+    }
+
+    /// What the source is fetching at the moment.
+    pub fn fetching(&self) -> Option<Fetching> {
+        self.source.fetching()
+    }
+
+    /// What of a placement cannot be taken, or cut, from what the newest epoch has in memory.
+    fn fresh(&self, placement: &Placement) -> Vec<Slice> {
+        let newest = self.lock().last().cloned();
+        let held = |slice: &Slice| {
+            let newest = newest.as_ref().filter(|newest| newest.epoch != placement.epoch);
+            let layer = newest.and_then(|newest| newest.layers.get(&slice.key.layer));
+            layer.is_some_and(|layer| layer.pieces.iter().any(|piece| piece.covers(slice)))
+        };
+        placement.experts.iter().copied().filter(|slice| !held(slice)).collect()
     }
 
     /// Makes a load that is going on end soon, with `PlaceError::Ending`.

@@ -10,6 +10,8 @@ mod view;
 
 mod reachable;
 
+mod shelf;
+
 pub mod http;
 
 pub mod prompt;

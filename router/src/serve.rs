@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_net::authority::Authority;
-use mesh_net::hub::{Hub, HubConfig, HubError, NodeStatus};
+use mesh_net::hub::{Hub, HubConfig, HubError, Lending, NodeStatus};
 use mesh_net::keys::random;
 use mesh_proto::cluster::{NodeState, Policy};
 use mesh_proto::facts::ModelFacts;
@@ -37,6 +37,7 @@ use crate::metrics::Metrics;
 use crate::prompt::{Prompt, PromptError};
 use crate::request::{EngineFacts, EngineHandle};
 use crate::scheduler::LimitsError;
+use crate::shelf::ModelShelf;
 use crate::view::{ClusterView, Measured, Startup};
 
 /// How long a plan waits for the link of a node that just joined to be measured.
@@ -123,6 +124,8 @@ pub struct MeshConfig {
     pub copies: Copies,
     /// Whether experts may be cut.
     pub slices: bool,
+    /// Bytes of weights per second that are sent to nodes, to all together; `None`: as many as the link takes.
+    pub weights_bytes_s: Option<u64>,
 }
 
 /// Why a router does not start.
@@ -396,6 +399,10 @@ fn start_hub(config: &RouterConfig, weight_mb_s: [u32; ROWS.len()]) -> Result<Op
         listen: mesh.listen,
         policy,
         spin: mesh.spin,
+        weights: Some(Lending {
+            shelf: Arc::new(ModelShelf::new(Arc::clone(&config.model))),
+            bytes_s: mesh.weights_bytes_s,
+        }),
         placement_file: mesh.authority.folder().map(|folder| folder.join("placement")),
         ..HubConfig::new(Arc::clone(&mesh.authority), facts)
     };

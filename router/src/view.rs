@@ -63,7 +63,14 @@ impl http::Starting for Startup {
                 format!("the model is loading ({} of {} MB)", done / 1_000_000, total / 1_000_000)
             }
             None if here < wanted => format!("the router is waiting for nodes ({here} of {wanted})"),
-            None => format!("the nodes are loading their experts ({here} of {wanted} nodes are here)"),
+            None => {
+                let loading = nodes.iter().filter_map(|node| node.loading);
+                let (done, total) = loading.fold((0, 0), |(done, total), loading| {
+                    (done + loading.done_bytes / 1_000_000, total + loading.total_bytes / 1_000_000)
+                });
+                let bytes = if total == 0 { String::new() } else { format!(", {done} of {total} MB") };
+                format!("the nodes are loading their experts ({here} of {wanted} nodes are here{bytes})")
+            }
         };
         http::Waiting { reason, here, wanted }
     }
@@ -262,6 +269,12 @@ fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -
         "probes_failed": counters.probes_failed,
         "correction": place.map(|place| place.learned.corrections()),
         "call_overhead_us": place.map(|place| place.learned.call_us()),
+        "loading": node.loading.map(|loading| json!({
+            "done_bytes": loading.done_bytes,
+            "total_bytes": loading.total_bytes,
+            "peer_bytes": loading.peer_bytes,
+        })),
+        "lent_bytes": counters.lent_bytes,
         "resident_bytes": status.health.map(|health| health.resident_bytes),
         "note": status.note,
     })

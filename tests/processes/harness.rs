@@ -187,12 +187,14 @@ pub(crate) struct Shape<'a> {
     pub(crate) router: &'a [&'a str],
     /// Of the nodes.
     pub(crate) node: &'a [&'a str],
+    /// Whether nodes have no model and fetch their experts.
+    pub(crate) empty: bool,
 }
 
 impl Shape<'static> {
     /// Nodes with nothing special about them.
     pub(crate) fn nodes(nodes: usize) -> Shape<'static> {
-        Shape { nodes, all: &[], router: &[], node: &[] }
+        Shape { nodes, all: &[], router: &[], node: &[], empty: false }
     }
 }
 
@@ -260,8 +262,12 @@ impl Cluster {
         let model = tale_moe().to_string_lossy().into_owned();
         let common = |command: &str, state: &str, more: &[&str]| -> Vec<String> {
             let state = directory.path().join(state).to_string_lossy().into_owned();
-            let fixed = [command, "--state", &state, "--model", &model, "--announce"];
-            fixed.iter().chain(shape.all).chain(more).map(|text| (*text).to_owned()).collect()
+            let fixed = [command, "--state", &state, "--announce"];
+            let fetches = shape.empty && command == "node";
+            let named = ["--model", model.as_str()];
+            let named = if fetches { &[][..] } else { &named[..] };
+            let given = fixed.iter().chain(named).chain(shape.all).chain(more);
+            given.map(|text| (*text).to_owned()).collect()
         };
         let count = shape.nodes.to_string();
         let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--expect", &count];
@@ -310,6 +316,16 @@ impl Cluster {
     /// State folder of `router`, `node-1`, `node-2`, ...
     pub(crate) fn state(&self, name: &str) -> String {
         self.directory.path().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Fetched experts that a node keeps on its disk, smallest name first.
+    pub(crate) fn stored(&self, index: usize) -> Vec<PathBuf> {
+        let folder = self.directory.path().join(format!("node-{}/weights", index + 1));
+        let files = std::fs::read_dir(folder).expect("the node has a store").flatten();
+        let hash = |path: &PathBuf| path.file_name().is_some_and(|name| name.len() == 64);
+        let mut stored: Vec<_> = files.map(|file| file.path()).filter(hash).collect();
+        stored.sort();
+        stored
     }
 
     /// A node with the state of this name, which nobody stops before it is dropped.

@@ -16,3 +16,4 @@ mod kernels;
 #[cfg(feature = "torch")]
 mod libtorch;
 mod trust;
+mod weights;

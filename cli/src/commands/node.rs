@@ -1,4 +1,9 @@
 //! `moemesh node`: an expert node process.
+//!
+//! A node needs nothing but a token: which model it is the router says, and experts are fetched (`weights`). With
+//! `--model` it takes them from its own disk instead, as studies do, and machines that have the model anyway.
+
+mod weights;
 
 use std::io::Read;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -10,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use expert_node::node::{ExpertNode, NodeConfig, NodeError};
+use mesh_net::borrower::BorrowError;
 use expert_node::sensors::SYSFS;
 use mesh_net::join::{self, JoinError};
 use mesh_net::membership::{Membership, Opened};
@@ -39,12 +45,15 @@ const REVOKED: u8 = 3;
 /// Options of `moemesh node`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Exit status: 0 stopped in order, 1 failed, 2 wrong usage, 3 this machine was revoked (starting \
-                        it again is of no use)."
+    after_help = "Without --model the experts of this machine come from the router and other nodes and are kept on \
+                  disk; --weights and --cache go with --model.\n\nExit status: 0 stopped in order, 1 failed, 2 \
+                  wrong usage, 3 this machine was revoked (starting it again is of no use)."
 )]
 pub(crate) struct Options {
     #[command(flatten)]
     model: ModelOptions,
+    #[command(flatten)]
+    weights: weights::Options,
     /// Join the cluster with a token of `moemesh token` first: the token, @FILE, or - for standard input (arguments
     /// can be seen by other users of this machine). Needed once; later starts need nothing
     #[arg(long, value_name = "TOKEN|@FILE|-")]
@@ -97,7 +106,9 @@ pub(crate) fn run(options: Options) -> anyhow::Result<ExitCode> {
 fn is_revoked(error: &anyhow::Error) -> bool {
     let ended = error.downcast_ref::<NodeError>();
     let joined = error.downcast_ref::<JoinError>();
+    let waiting = error.downcast_ref::<BorrowError>();
     matches!(ended, Some(NodeError::Station(StationError::Revoked)))
+        || matches!(waiting, Some(BorrowError::Revoked))
         || matches!(joined, Some(JoinError::Refused(Refused::Revoked)))
 }
 
@@ -115,37 +126,65 @@ fn serve(options: &Options) -> anyhow::Result<ExitCode> {
     }
     // Lives until the node has ended; what it finds the station reads.
     let _discovery = discovery::of_node(options.discovery, &membership, &routers);
-    let model = options.model.open()?;
-    let (kernels, _) = options.model.load_kernels(&model)?;
-    let kernels = paced(kernels, options.pace_gb_s);
+    let depot = weights::Depot::open(options, &membership, &routers)?;
+    loop {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let Some(weights) = depot.model(options, &runtime)? else { return Ok(ExitCode::SUCCESS) };
+        let node = start(options, &weights, (Arc::clone(&membership), routers.clone()))?;
+        let (stop, with_parent) = (node.stop(), options.stop_with_parent);
+        let (ended, over) = tokio::sync::oneshot::channel();
+        let watched = weights.clone();
+        let watching = std::thread::spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    outcome = end(&stop, with_parent) => if let Err(error) = outcome {
+                        tracing::error!(%error, "signals cannot be waited for; stop with kill");
+                    },
+                    () = watched.show() => {}
+                    () = watched.other_model(&stop) => {}
+                    _ = over => {}
+                }
+            });
+        });
+        if !options.announce && !with_parent {
+            println!("{name} serves experts of {}; Ctrl-C ends it", weights.name());
+        }
+        let outcome = node.join();
+        // Fails where the thread has ended.
+        ended.send(()).ok();
+        watching.join().ok();
+        outcome?;
+        if !weights.is_outdated() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        eprintln!("the router runs another model now; this node follows it");
+    }
+}
+
+/// Starts the node's threads.
+fn start(
+    options: &Options,
+    weights: &weights::Weights,
+    (membership, routers): (Arc<Membership>, Vec<SocketAddr>),
+) -> anyhow::Result<ExpertNode> {
+    let kernels = paced(weights.load_kernels(&options.model)?, options.pace_gb_s);
     let memory_bytes = match options.memory {
         Some(mebibytes) => mebibytes << 20,
         None => (memory::total().unwrap_or(MEMORY_UNKNOWN) as f64 * MEMORY_SHARE) as u64,
     };
-    let node = ExpertNode::start(NodeConfig {
+    // It could not keep more of them.
+    let memory_bytes = weights.disk_bytes().map_or(memory_bytes, |disk| disk.min(memory_bytes));
+    Ok(ExpertNode::start(NodeConfig {
         membership,
         routers,
-        model: Arc::<model::open::Model>::clone(&model),
+        model: weights.source(),
         kernels,
         threads: options.model.thread_count() as u16,
         memory_bytes,
         spin: Duration::from_micros(options.spin_us),
         pool_bytes_max: StationConfig::POOL_BYTES_MAX,
         sysfs: options.sysfs.clone(),
-    })?;
-    let stop = node.stop();
-    let with_parent = options.stop_with_parent;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    std::thread::spawn(move || {
-        if let Err(error) = runtime.block_on(end(&stop, with_parent)) {
-            tracing::error!(%error, "signals cannot be waited for; stop with kill");
-        }
-    });
-    if !options.announce && !with_parent {
-        println!("{name} serves experts of {}; Ctrl-C ends it", model.name);
-    }
-    node.join()?;
-    Ok(ExitCode::SUCCESS)
+    })?)
 }
 
 /// At the first signal the node leaves, at the second it ends at once; a parent that is gone needs nobody to wait.

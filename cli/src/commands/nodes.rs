@@ -117,7 +117,7 @@ pub(crate) fn table(nodes: &Value) -> Table {
         let share = 100.0 * number(node, "assignments") as f64 / calls as f64;
         let mut row = vec![
             Cell::new(node["name"].as_str().unwrap_or("?")),
-            Cell::new(node["state"].as_str().unwrap_or("?")),
+            Cell::new(state_of(node)),
             Cell::new(number(node, "experts")),
             Cell::new(output::bytes(number(node, "weight_bytes"))),
             Cell::new(measured(number(&node["link"], "round_trip_us"), "us")),
@@ -154,6 +154,16 @@ fn has_sensors(nodes: &Value) -> bool {
         ["temperature_celsius", "throttled", "power_watts"].iter().any(|figure| !node[figure].is_null())
     };
     nodes["nodes"].as_array().into_iter().flatten().any(shows)
+}
+
+/// How a node is doing; of one that is loading, how far it is.
+fn state_of(node: &Value) -> String {
+    let state = node["state"].as_str().unwrap_or("?");
+    let (done, total) = (number(&node["loading"], "done_bytes"), number(&node["loading"], "total_bytes"));
+    match (done.saturating_mul(100)).checked_div(total) {
+        Some(percent) => format!("{state} {percent} % of {}", output::bytes(total)),
+        None => state.to_owned(),
+    }
 }
 
 /// A figure that may not have been measured yet.

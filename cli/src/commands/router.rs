@@ -75,6 +75,9 @@ pub(crate) struct Options {
     /// auto: experts are cut and spread over several nodes where that is faster. off: experts stay whole
     #[arg(long, value_enum, default_value_t = Slices::Auto)]
     slices: Slices,
+    /// Most MB/s of weights that are sent to nodes, to all together [default: as many as the link takes]
+    #[arg(long, conflicts_with = "alone", value_parser = clap::value_parser!(u64).range(1..))]
+    weights_mb_s: Option<u64>,
     /// Compute no experts that are meant for nodes, not even while no node can be asked: as long as an expert has no
     /// holder, requests are answered with status 503 instead of slowly (for routers without the memory or disk for it)
     #[arg(long, conflicts_with = "alone")]
@@ -211,6 +214,7 @@ fn open_cluster(options: &Options) -> anyhow::Result<MeshConfig> {
         spin: Duration::from_micros(options.spin_us),
         copies: options.replicas,
         slices: options.slices == Slices::Auto,
+        weights_bytes_s: options.weights_mb_s.map(|mb_s| mb_s.saturating_mul(1_000_000)),
     })
 }
 

@@ -24,7 +24,7 @@ use thiserror::Error;
 
 use crate::identity::Identity;
 use crate::members::Members;
-use crate::tls::{self, Gate, JOIN_ALPN, TlsError};
+use crate::tls::{self, Gate, JOIN_ALPN, TlsError, WEIGHTS_ALPN};
 
 /// First guess of the round trip: above what Wi-Fi and a busy machine add, a thirtieth of the internet's default, so
 /// that a lost first packet is repeated after 30 ms and not after a second.
@@ -197,6 +197,18 @@ impl Listener {
         Listener::behind(Gate::new(identity, members)?, identity, address)
     }
 
+    /// Listens for members that borrow weights, and for nobody else.
+    ///
+    /// # Errors
+    /// As `bind`.
+    pub(crate) fn lending(
+        identity: &Identity,
+        members: Arc<Members>,
+        address: SocketAddr,
+    ) -> Result<Listener, EndpointError> {
+        Listener::behind(Gate::lending(identity, members)?, identity, address)
+    }
+
     /// `bind` with a given gate.
     pub(crate) fn behind(
         gate: Gate,
@@ -231,8 +243,17 @@ impl Listener {
 
 /// Whether the peer of this connection came to join, and may do nothing else.
 pub fn wants_to_join(connection: &Connection) -> bool {
+    speaks(connection, JOIN_ALPN)
+}
+
+/// Whether the peer of this connection came for weights.
+pub(crate) fn wants_weights(connection: &Connection) -> bool {
+    speaks(connection, WEIGHTS_ALPN)
+}
+
+fn speaks(connection: &Connection, protocol: &[u8]) -> bool {
     let handshake = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
-    handshake.is_some_and(|handshake| handshake.protocol.as_deref() == Some(JOIN_ALPN))
+    handshake.is_some_and(|handshake| handshake.protocol.as_deref() == Some(protocol))
 }
 
 /// A node's endpoint: dials the router and takes no connections. Must be called within a tokio runtime.
@@ -242,6 +263,14 @@ pub fn wants_to_join(connection: &Connection) -> bool {
 /// `Bind` where the machine has no free port or no such network; the others would be defects.
 pub fn dialer(identity: &Identity, router: NodeId, ipv6: bool) -> Result<Endpoint, EndpointError> {
     dialer_with(identity, tls::client(identity, router)?, ipv6)
+}
+
+/// The endpoint of a node that borrows weights of the machine with this key.
+///
+/// # Errors
+/// As `dialer`.
+pub(crate) fn borrower(identity: &Identity, lender: NodeId, ipv6: bool) -> Result<Endpoint, EndpointError> {
+    dialer_with(identity, tls::borrower(identity, lender)?, ipv6)
 }
 
 /// The endpoint of a machine that joins.
@@ -311,6 +340,20 @@ impl From<Close> for VarInt {
 
 /// How a connection that was served ended: `Ok` says who said goodbye, `Err` what broke.
 pub(crate) type Parting = Result<String, String>;
+
+/// Where QUIC puts TLS alerts among its error codes (RFC 9001 section 4.8), and the alert for a revoked certificate.
+pub(crate) const TLS_ALERTS: u64 = 0x100;
+const ALERT_REVOKED: u64 = TLS_ALERTS + 44;
+
+/// Whether the connection ended because this machine's key was shut out for good. To be asked only of connections
+/// whose peer has proven whose key it has.
+pub(crate) fn is_revocation(error: &ConnectionError) -> bool {
+    match error {
+        ConnectionError::ConnectionClosed(close) => u64::from(close.error_code) == ALERT_REVOKED,
+        ConnectionError::ApplicationClosed(closed) => closed.error_code == Close::Revoked.into(),
+        _ => false,
+    }
+}
 
 /// Whether the peer closed the connection in order.
 pub(crate) fn is_goodbye(error: &ConnectionError) -> bool {

@@ -12,6 +12,12 @@
 //! Who belongs to the cluster changes while it runs: machines join (`join`), others are revoked. The roster is the
 //! `Authority`'s; this module makes the seats agree with it, cuts off who is no longer in it, and shows it to all
 //! nodes. Of two processes with one key it keeps the one that is alive and was first.
+//!
+//! `reception` is who comes and goes. Beside calls the hub lends weights, to nodes that have none (`lender`), and tells
+//! them which others have them (`directory`).
+
+mod directory;
+mod reception;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,36 +33,30 @@ use mesh_proto::placement::Outlook;
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
 use mesh_wire::call::OutgoingCall;
-use mesh_wire::control::Goodbye;
+use mesh_wire::control::Loading;
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
-use quinn::{Connection, Incoming};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::authority::{Authority, AuthorityError};
-use crate::endpoint::{Close, EndpointError, Listener, peer_key, wants_to_join};
+use crate::endpoint::{Close, EndpointError, Listener};
 use crate::helm::{Helm, SEND_HERE_BYTES_MAX};
-use crate::join::{self, Doorway};
+use crate::join::Doorway;
 use crate::lane::Job;
 pub use crate::lane::Lane;
-use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
+use crate::lender::Lender;
+use crate::link::{Link, Outgoing};
 use crate::membership;
 use crate::pending::{CallError, PendingCall, Slot};
 use crate::plan_file::PlanFile;
 use crate::roster::{Machine, Roster};
-use crate::seats::{Greeters, Greeting, Seat, Seats, Welcome};
+use crate::seats::{Seat, Seats};
+use crate::shelf::{Directory, Shelf};
 use crate::tally::Feed;
 pub use crate::tally::NodeCounters;
 use crate::throttle::Throttle;
-
-/// How often the cluster's logic is told that time passed.
-const TICK: Duration = Duration::from_millis(100);
-
-/// Time a peer has to complete the handshake; on a LAN it takes three milliseconds.
-const HANDSHAKE_WITHIN: Duration = Duration::from_secs(3);
 
 /// Commands from other threads that may wait.
 const COMMANDS_MAX: usize = 16;
@@ -81,6 +81,17 @@ pub struct HubConfig {
     pub placement_file: Option<PathBuf>,
     /// Whether the links to the nodes are measured, when they join and every minute.
     pub probe_links: bool,
+    /// What nodes without a model get their experts from; `None` lends none.
+    pub weights: Option<Lending>,
+}
+
+/// What a router lends to its nodes.
+#[derive(Clone, Debug)]
+pub struct Lending {
+    /// The experts.
+    pub shelf: Arc<dyn Shelf>,
+    /// Bytes per second to all nodes together; `None`: as many as the link takes.
+    pub bytes_s: Option<u64>,
 }
 
 impl HubConfig {
@@ -101,6 +112,7 @@ impl HubConfig {
             pool_bytes_max: HubConfig::POOL_BYTES_MAX,
             placement_file: None,
             probe_links: true,
+            weights: None,
         }
     }
 }
@@ -131,6 +143,8 @@ pub struct NodeStatus {
     pub cluster: cluster::NodeStatus,
     /// What was counted.
     pub counters: NodeCounters,
+    /// How far it is with the weights it is loading.
+    pub loading: Option<Loading>,
 }
 
 impl NodeStatus {
@@ -220,10 +234,16 @@ impl Hub {
         };
         let local = listener.endpoint.local_addr();
         let local = local.map_err(|source| EndpointError::Bind { address: config.listen, source })?;
+        let weights = config.weights.clone();
         let shared = Arc::new(Shared::new(config));
+        let lender = weights.map(|Lending { shelf, bytes_s }| {
+            let directory = Arc::clone(&shared) as Arc<dyn Directory>;
+            Arc::new(Lender::new(shelf, directory, shared.authority.members(), bytes_s))
+        });
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (stop, stopped) = watch::channel(None);
-        let server = Server { shared: Arc::clone(&shared), listener, sessions: JoinSet::new() };
+        let server =
+            reception::Server { shared: Arc::clone(&shared), listener, lender, sessions: JoinSet::new() };
         let network = Arc::clone(&helm);
         let thread = std::thread::Builder::new()
             .name("mesh-hub".into())
@@ -243,7 +263,7 @@ impl Hub {
 
     /// The table to dispatch by. Costs a read lock that is only ever held to swap a pointer.
     pub fn routes(&self) -> Arc<Routes> {
-        Arc::clone(&self.shared.routes.read().unwrap_or_else(PoisonError::into_inner))
+        self.shared.routes()
     }
 
     /// How long a call with this many assignments may take at this node now, given what is already out to it.
@@ -375,6 +395,7 @@ impl Hub {
                 path_rtt: link.as_ref().map(|link| link.connection.rtt()),
                 cluster,
                 counters: seat.tally.snapshot(),
+                loading: seat.tally.loading(),
             }
         };
         self.shared.seats.all().iter().zip(statuses).map(node).collect()
@@ -531,6 +552,10 @@ impl Shared {
         }
     }
 
+    fn routes(&self) -> Arc<Routes> {
+        Arc::clone(&self.routes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn cluster(&self) -> MutexGuard<'_, Cluster> {
         self.cluster.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -588,210 +613,4 @@ impl Feed for Shared {
             self.changed.notify_all();
         }
     }
-}
-
-/// The task that everything else of the hub hangs on.
-struct Server {
-    shared: Arc<Shared>,
-    listener: Listener,
-    sessions: JoinSet<()>,
-}
-
-impl Server {
-    async fn serve(mut self, mut inbox: mpsc::Receiver<Command>, mut stop: watch::Receiver<Option<String>>) {
-        let mut ticks = interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let greeters = Arc::new(Greeters::default());
-        let reason = loop {
-            tokio::select! {
-                reason = stop.wait_for(Option::is_some) => {
-                    break reason.ok().and_then(|reason| reason.clone()).unwrap_or_default();
-                }
-                Some(command) = inbox.recv() => match command {
-                    Command::Feed(event) => self.shared.feed(event),
-                    Command::Roster => self.shared.follow_roster(),
-                },
-                _ = ticks.tick() => {
-                    self.shared.feed(Event::Tick);
-                    self.shared.sum_up(Instant::now());
-                }
-                incoming = self.listener.endpoint.accept() => match incoming {
-                    Some(incoming) => self.greet(incoming, &greeters),
-                    None => break String::new(),
-                },
-                Some(_) = self.sessions.join_next() => {}
-            }
-        };
-        self.close(reason).await;
-    }
-
-    /// Starts a session with a new peer, or puts it off where too many come at once.
-    fn greet(&mut self, incoming: Incoming, greeters: &Arc<Greeters>) {
-        match greeters.welcome(incoming.remote_address()) {
-            Welcome::Refuse => {
-                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-                incoming.refuse();
-            }
-            Welcome::Prove(_) if incoming.may_retry() => {
-                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-                // Fails only where `may_retry` is false.
-                drop(incoming.retry());
-            }
-            Welcome::Greet(greeting) | Welcome::Prove(greeting) => {
-                let (shared, listener) = (Arc::clone(&self.shared), self.listener.clone());
-                self.sessions.spawn(session(shared, listener, incoming, greeting));
-            }
-        }
-    }
-
-    /// Tells every node, waits a moment for it to arrive, and closes the endpoint.
-    async fn close(mut self, reason: String) {
-        self.listener.endpoint.set_server_config(None);
-        self.shared.closing.store(true, Ordering::Relaxed);
-        for seat in self.shared.seats.all().iter() {
-            let Some(link) = seat.link().clone() else { continue };
-            match Message::Goodbye(Goodbye { reason: reason.clone() }).encode(&self.shared.pool) {
-                Ok(frame) => link.tell(Outgoing::Last(frame)),
-                Err(_) => link.close(Close::Goodbye, &reason),
-            }
-        }
-        let all = async { while self.sessions.join_next().await.is_some() {} };
-        // Sessions that are still shaking hands do not end by themselves.
-        drop(timeout(GOODBYE_WITHIN, all).await);
-        self.listener.endpoint.close(Close::Goodbye.into(), reason.as_bytes());
-        drop(timeout(GOODBYE_WITHIN, self.listener.endpoint.wait_idle()).await);
-        self.sessions.shutdown().await;
-        // Whoever still holds a `PendingCall` learns that its node is gone.
-        self.shared.seats.all().iter().for_each(|seat| drop(seat.link().take()));
-    }
-}
-
-/// One connection, from its first packet to its end.
-async fn session(shared: Arc<Shared>, listener: Listener, incoming: Incoming, greeting: Greeting) {
-    let address = incoming.remote_address();
-    let shaken = timeout(HANDSHAKE_WITHIN, listener.accept(incoming)).await;
-    let connection = match shaken.unwrap_or_else(|_| Err("the handshake took too long".to_owned())) {
-        Ok(connection) => connection,
-        Err(error) => {
-            shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-            if shared.strangers[0].admits(Instant::now()) {
-                tracing::warn!(%address, error, "a peer did not get in");
-            } else {
-                tracing::debug!(%address, error, "a peer did not get in");
-            }
-            return;
-        }
-    };
-    if wants_to_join(&connection) {
-        drop(greeting);
-        return admit(&shared, &connection).await;
-    }
-    let Some((node, seat)) = peer_key(&connection).and_then(|key| shared.seats.of(key)) else {
-        // It was shut out since its handshake.
-        connection.close(Close::Revoked.into(), b"the operator revoked this machine's key");
-        return;
-    };
-    let introduction = match introduce(&connection, &shared.pool).await {
-        Ok(introduction) => introduction,
-        Err(reason) => {
-            if shared.strangers[2].admits(Instant::now()) {
-                tracing::warn!(node = seat.machine.name, %address, reason, "a node did not introduce itself");
-            }
-            connection.close(Close::Protocol.into(), reason.as_bytes());
-            return;
-        }
-    };
-    let hello = introduction.hello.clone();
-    let feed: Arc<dyn Feed> = Arc::clone(&shared) as Arc<dyn Feed>;
-    let tools = (shared.pool.clone(), Arc::clone(&seat.tally), feed);
-    let (mut session, link) = Session::new(connection, introduction, node, tools);
-    session.probes = shared.probe_links;
-    if !take_seat(&shared, &seat, &link).await {
-        return;
-    }
-    drop(greeting);
-    shared.connections.fetch_add(1, Ordering::Relaxed);
-    seat.tally.update(|counters| counters.connections += 1);
-    tracing::info!(node = seat.machine.name, %address, "a node joined");
-    shared.show_roster(&link);
-    shared.feed(Event::Joined(node, hello));
-    let parting = session.run(Arc::clone(&link)).await;
-    let present = {
-        let mut current = seat.link();
-        let present = current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &link));
-        current.take_if(|_| present);
-        present
-    };
-    if present {
-        let name = &seat.machine.name;
-        match parting {
-            Err(reason) if !shared.closing.load(Ordering::Relaxed) => {
-                tracing::warn!(node = name, reason, "a node is gone");
-            }
-            Ok(reason) | Err(reason) => tracing::info!(node = name, reason, "a node left"),
-        }
-        shared.feed(Event::Lost(node));
-    }
-}
-
-/// Serves a stranger who wants to join, if there is room.
-async fn admit(shared: &Shared, connection: &Connection) {
-    let now = tokio::time::Instant::now();
-    let place = shared.doorway.lock().unwrap_or_else(PoisonError::into_inner).enter(now);
-    let Some(_place) = place else {
-        shared.deferred.fetch_add(1, Ordering::Relaxed);
-        connection.close(Close::Busy.into(), b"too many machines join at once; try again");
-        return;
-    };
-    if join::serve(connection, &shared.authority, &shared.strangers[1]).await.is_some() {
-        shared.joined.fetch_add(1, Ordering::Relaxed);
-        shared.follow_roster();
-    } else {
-        shared.joins_refused.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// Makes this the node's live connection, unless its key belongs to a machine that is here and alive. A process that
-/// was killed and started again does not answer on its old connection; a second machine with a copied key finds the
-/// first one answering.
-async fn take_seat(shared: &Shared, seat: &Seat, link: &Arc<Link>) -> bool {
-    let _first = seat.arrival.lock().await;
-    let old = seat.link().clone();
-    if let Some(old) = old
-        && old.instance != link.instance
-        && old.is_alive(&shared.pool).await
-    {
-        refuse_clone(shared, seat, &old, link);
-        return false;
-    }
-    match seat.sit(link) {
-        Ok(replaced) => {
-            seat.note().clear();
-            if let Some(old) = replaced {
-                tracing::warn!(node = seat.machine.name, "a new connection replaces the node's old one");
-                old.close(Close::Replaced, "a newer connection with the same key took its place");
-            }
-            true
-        }
-        Err(()) => {
-            link.close(Close::Revoked, "the operator revoked this machine's key");
-            false
-        }
-    }
-}
-
-fn refuse_clone(shared: &Shared, seat: &Seat, old: &Link, link: &Link) {
-    shared.clones.fetch_add(1, Ordering::Relaxed);
-    let (here, there) = (old.connection.remote_address(), link.connection.remote_address());
-    let remedy = "a copied key file or SD card? Delete the state folder on one of them and join it again";
-    link.close(
-        Close::Cloned,
-        &format!("this machine's key is in use by another machine at {here}: {remedy}"),
-    );
-    let note = format!("another machine at {there} uses this node's key: {remedy}");
-    // Said once while the other one keeps trying.
-    if seat.note().is_empty() {
-        tracing::error!(node = seat.machine.name, "{note}");
-    }
-    *seat.note() = note;
 }

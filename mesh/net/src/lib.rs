@@ -2,7 +2,7 @@
 //!
 //! Nodes dial the router and prove their key in TLS; the router sends calls over lanes, streams that it opens and
 //! reuses. Read in this order: `hub` is the router's side and `station` a node's, `lane` and `pending` are the way
-//! of one call. Who may talk at all: `join` is how a machine gets in, `authority` what the router keeps about it and
+//! of one call. `lender`, `borrower` and `exchange` carry weights. Who may talk at all: `join` is how a machine gets in, `authority` what the router keeps about it and
 //! `membership` what the machine keeps, `endpoint` sets up QUIC for a LAN, `tls` checks keys, `roster` and `token` are
 //! what is signed and handed over. `bench_link` measures what all this costs.
 //!
@@ -12,6 +12,8 @@
 pub mod bench_link;
 
 pub mod hub;
+
+pub mod exchange;
 
 mod seats;
 
@@ -30,6 +32,12 @@ pub mod drain;
 pub mod pending;
 
 pub mod helm;
+
+mod lender;
+
+pub mod borrower;
+
+pub mod shelf;
 
 mod tally;
 

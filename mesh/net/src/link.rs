@@ -169,9 +169,9 @@ impl Session {
             lanes.spawn(self.prober(&link).run());
         }
         let (mut send, mut recv) = self.control;
-        let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
+        let (node, pool, feed, tally) = (self.node, &self.pool, &*self.feed, &*self.tally);
         let parting = tokio::select! {
-            parting = listen(node, &mut recv, (pool, &link), feed) => parting,
+            parting = listen(node, &mut recv, (pool, &link, tally), feed) => parting,
             parting = speak(&mut send, &mut self.outbox) => parting,
             error = link.connection.closed() => Err(error.to_string()),
         };
@@ -182,6 +182,7 @@ impl Session {
             Ok(reason) => link.close(Close::Goodbye, reason),
             Err(reason) => link.close(Close::Broken, reason),
         }
+        tally.loads(None);
         // Lanes notice by themselves; jobs they still hold fail when they end.
         while lanes.join_next().await.is_some() {}
         parting
@@ -212,13 +213,13 @@ impl Session {
 }
 
 /// What a node may say on its control stream after its hello.
-const HEARD: [Op; 5] = [Op::Placed, Op::Health, Op::Pong, Op::Leaving, Op::Goodbye];
+const HEARD: [Op; 6] = [Op::Placed, Op::Health, Op::Loading, Op::Pong, Op::Leaving, Op::Goodbye];
 
 /// Reads what the node says until there is no more. What no correct node says is told to the cluster's logic.
 async fn listen(
     node: NodeIndex,
     recv: &mut RecvStream,
-    (pool, link): (&Pool, &Link),
+    (pool, link, tally): (&Pool, &Link, &Tally),
     feed: &dyn Feed,
 ) -> Parting {
     let mut last_health: Option<Instant> = None;
@@ -236,8 +237,14 @@ async fn listen(
             }
         };
         match Message::decode(&frame) {
-            Ok(Message::Placed(placed)) => feed.feed(Event::Placed(node, placed)),
+            Ok(Message::Placed(placed)) => {
+                tally.loads(None);
+                feed.feed(Event::Placed(node, placed));
+            }
+            Ok(Message::Loading(loading)) => tally.loads(Some(loading)),
             Ok(Message::Health(health)) => {
+                // While it loads it says so after each report.
+                tally.loads(None);
                 if last_health.is_none_or(|last| last.elapsed() >= HEALTH_EVERY_MIN) {
                     last_health = Some(Instant::now());
                     feed.feed(Event::Health(node, health));

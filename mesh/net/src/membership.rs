@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_wire::id::NodeId;
 use thiserror::Error;
@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::disk::{DiskError, Folder};
 use crate::identity::Identity;
 use crate::keys::{CLUSTER_FILE, KeyError};
+use crate::members::Members;
 use crate::roster::{RosterError, SignedRoster, check_name};
 use crate::suggestions::Suggestions;
 use crate::token::{ADDRESSES_MAX, Token, cluster_hash};
@@ -122,6 +123,8 @@ pub struct Membership {
     seen: Mutex<Seen>,
     /// Where machines of the cluster were found; not kept on disk.
     suggestions: Suggestions,
+    /// Those of the newest roster: who may borrow weights of this machine.
+    members: Arc<Members>,
     /// `None`: nothing outlives the process.
     folder: Option<Folder>,
 }
@@ -188,8 +191,15 @@ impl Membership {
     }
 
     fn new(identity: Identity, admission: Admission, seen: Seen, folder: Option<Folder>) -> Membership {
+        let members = Arc::<Members>::default();
+        seen.roster.iter().for_each(|roster| members.set(roster.roster()));
         let (seen, suggestions) = (Mutex::new(seen), Suggestions::default());
-        Membership { identity, admission, seen, suggestions, folder }
+        Membership { identity, admission, seen, suggestions, members, folder }
+    }
+
+    /// The keys of the newest roster seen; follows it.
+    pub fn members(&self) -> Arc<Members> {
+        Arc::clone(&self.members)
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -259,6 +269,7 @@ impl Membership {
         if let Some(folder) = &self.folder {
             folder.write(FILE, to_text(&self.admission, &next).as_bytes())?;
         }
+        next.roster.iter().for_each(|roster| self.members.set(roster.roster()));
         *seen = next;
         Ok(())
     }

@@ -40,6 +40,8 @@ pub(crate) struct Seat {
     link: Mutex<Option<Arc<Link>>>,
     revoked: AtomicBool,
     note: Mutex<String>,
+    /// Where it lends weights.
+    lends_at: Mutex<Option<SocketAddr>>,
     /// Held while a new connection finds out whether an old one is alive.
     pub(crate) arrival: tokio::sync::Mutex<()>,
 }
@@ -52,6 +54,7 @@ impl Seat {
             link: Mutex::default(),
             revoked: AtomicBool::new(false),
             note: Mutex::default(),
+            lends_at: Mutex::default(),
             arrival: tokio::sync::Mutex::default(),
         }
     }
@@ -76,6 +79,16 @@ impl Seat {
 
     pub(crate) fn is_revoked(&self) -> bool {
         self.revoked.load(Ordering::Relaxed)
+    }
+
+    /// Where others can get the weights it has.
+    pub(crate) fn lends_at(&self) -> Option<SocketAddr> {
+        *self.lends_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that; `None`: nowhere.
+    pub(crate) fn lend_at(&self, address: Option<SocketAddr>) {
+        *self.lends_at.lock().unwrap_or_else(PoisonError::into_inner) = address;
     }
 
     /// What the operator should know of the machine beside the cluster's own note; empty for nothing.

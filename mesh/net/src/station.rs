@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::Call;
-use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Placed, Placement, Probed, Refusal};
+use mesh_wire::control::{CallRefused, Goodbye, Health, Hello, Loading, Placed, Placement, Probed, Refusal};
 use mesh_wire::frame::{FrameError, Op};
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
@@ -31,7 +31,9 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::drain::LEAVING_MAX;
 pub use crate::drain::Stop;
-use crate::endpoint::{self, Close, EndpointError, LaneReset, Parting, is_goodbye};
+use crate::endpoint::{
+    self, Close, EndpointError, LaneReset, Parting, TLS_ALERTS, is_goodbye, is_revocation,
+};
 use crate::helm::Helm;
 use crate::membership::{Distrust, Membership};
 use crate::stream::{PROBE_PRIORITY, ReadFrameError, read_frame, write_frame};
@@ -42,7 +44,7 @@ use crate::tls::SERVER_NAME;
 const HEALTH_EVERY: Duration = Duration::from_secs(1);
 
 /// Time a handshake may take before the next address is tried.
-const DIAL_WITHIN: Duration = Duration::from_secs(3);
+pub(crate) const DIAL_WITHIN: Duration = Duration::from_secs(3);
 
 /// First pause after all addresses failed; doubles up to `PAUSE_MAX`. A router that restarts is found again within
 /// the time a person notices.
@@ -55,11 +57,7 @@ pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(3);
 pub(crate) const REFUSED_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// A connection that held this long was no refusal; the next pause is short again.
-const SERVED_MIN: Duration = Duration::from_secs(10);
-
-/// Where QUIC puts TLS alerts among its error codes (RFC 9001 section 4.8), and the alert for a revoked certificate.
-const TLS_ALERTS: u64 = 0x100;
-const ALERT_REVOKED: u64 = TLS_ALERTS + 44;
+pub(crate) const SERVED_MIN: Duration = Duration::from_secs(10);
 
 /// A reply frame up to this size is sent before larger ones that wait: a decode reply of 8 rows 4096 wide.
 const URGENT_BYTES_MAX: usize = 64 << 10;
@@ -90,6 +88,11 @@ pub trait NodeService: Send + Sync + 'static {
 
     /// The node's counters.
     fn health(&self) -> Health;
+
+    /// How far it is with the placement it is loading; `None` while it is loading none.
+    fn loading(&self) -> Option<Loading> {
+        None
+    }
 }
 
 /// What a station needs to run.
@@ -536,8 +539,11 @@ impl Node {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if outbox.send(Message::Health(self.service.health())).await.is_err() {
-                return "nobody to report to".to_owned();
+            let loading = self.service.loading().map(Message::Loading);
+            for message in std::iter::once(Message::Health(self.service.health())).chain(loading) {
+                if outbox.send(message).await.is_err() {
+                    return "nobody to report to".to_owned();
+                }
             }
         }
     }
@@ -638,7 +644,7 @@ impl Node {
 }
 
 /// What went wrong, and what to do where we know.
-fn explain(error: &ConnectionError) -> String {
+pub(crate) fn explain(error: &ConnectionError) -> String {
     match error {
         ConnectionError::TransportError(inner) if inner.reason.contains("certificate") => format!(
             "{error}; the machine at this address is not this cluster's router: check the address, or join the new \
@@ -674,14 +680,9 @@ fn judge_dialing(error: &ConnectionError) -> End {
 fn judge(error: &ConnectionError) -> Result<End, StationError> {
     let is = |code, close: Close| code == quinn::VarInt::from(close);
     match error {
-        ConnectionError::ConnectionClosed(close) => match u64::from(close.error_code) {
-            ALERT_REVOKED => Err(StationError::Revoked),
-            // A refusal of our key comes after the handshake, from our side of it.
-            _ => Ok(End::Refused),
-        },
-        ConnectionError::ApplicationClosed(closed) if is(closed.error_code, Close::Revoked) => {
-            Err(StationError::Revoked)
-        }
+        error if is_revocation(error) => Err(StationError::Revoked),
+        // A refusal of our key comes after the handshake, from our side of it.
+        ConnectionError::ConnectionClosed(_) => Ok(End::Refused),
         ConnectionError::ApplicationClosed(closed)
             if is(closed.error_code, Close::Goodbye) || is(closed.error_code, Close::Broken) =>
         {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use mesh_proto::cluster::Event;
+use mesh_wire::control::Loading;
 
 /// What happened with one node's calls since the router started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub struct NodeCounters {
     pub probes_failed: u64,
     /// Connections of this node, counting the present one.
     pub connections: u64,
+    /// Bytes of weights that the router sent it.
+    pub lent_bytes: u64,
 }
 
 /// The counters of one node.
@@ -50,6 +53,7 @@ pub struct NodeCounters {
 pub(crate) struct Tally {
     counters: Mutex<NodeCounters>,
     outstanding: AtomicU32,
+    loading: Mutex<Option<Loading>>,
 }
 
 impl Tally {
@@ -59,6 +63,16 @@ impl Tally {
 
     pub(crate) fn snapshot(&self) -> NodeCounters {
         *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far the node is with what it is loading.
+    pub(crate) fn loading(&self) -> Option<Loading> {
+        *self.loading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that.
+    pub(crate) fn loads(&self, loading: Option<Loading>) {
+        *self.loading.lock().unwrap_or_else(PoisonError::into_inner) = loading;
     }
 
     /// Assignments handed over and not yet answered.

@@ -14,3 +14,4 @@ mod probes;
 mod roster;
 mod state;
 mod trust;
+mod weights;

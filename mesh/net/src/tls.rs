@@ -7,10 +7,11 @@
 //! the certificate are ignored on purpose. Refuses TLS 1.2, other signature schemes, chains, session resumption
 //! (it would outlive a change of the roster) and early data.
 //!
-//! One port serves two protocols: the mesh, for members, and joining, for anyone who signs with the key it shows.
-//! Which of them a client may have is decided within the handshake: each connection has a set-up of its own, whose
-//! certificate resolver sees what the client offers and tells the verifier. Whoever offers the mesh is judged as a
-//! member, whatever else it offers. The price is a set-up per handshake, some kilobytes and microseconds.
+//! The router's port serves three protocols: the mesh and weights, for members, and joining, for anyone who signs with
+//! the key it shows; a node's serves weights alone. Which of them a client may have is decided within the handshake:
+//! each connection has a set-up of its own, whose certificate resolver sees what the client offers and tells the
+//! verifier. Whoever offers anything beside joining is judged as a member. The price is a set-up per handshake, some
+//! kilobytes and microseconds.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +37,9 @@ use crate::members::{Members, Standing};
 
 /// The protocol of joining, and its version.
 pub(crate) const JOIN_ALPN: &[u8] = b"moemesh-join/1";
+
+/// The protocol of connections that carry weights, and its version.
+pub(crate) const WEIGHTS_ALPN: &[u8] = b"moemesh-blobs/1";
 
 /// What dialers call the router in TLS. It is not checked, as keys are.
 pub(crate) const SERVER_NAME: &str = "moemesh";
@@ -65,8 +69,8 @@ pub fn key_of(certificate: &CertificateDer<'_>) -> Option<NodeId> {
 /// Whom a handshake is for.
 #[derive(Debug)]
 enum Expected {
-    /// The router, for a node.
-    Router(NodeId),
+    /// The machine that is dialed: the router, or a node that lends weights.
+    Machine(NodeId),
     /// A router that will prove itself by the cluster's signature, for a machine that joins.
     Anyone,
     /// Members, or anyone who offered nothing but to join: the flag says so.
@@ -91,8 +95,8 @@ impl Pinned {
             return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
         }
         let standing = match &self.expected {
-            Expected::Router(router) if *router == key => Standing::Member,
-            Expected::Router(_) => Standing::Stranger,
+            Expected::Machine(dialed) if *dialed == key => Standing::Member,
+            Expected::Machine(_) => Standing::Stranger,
             Expected::Anyone => Standing::Member,
             Expected::Members(_, joins) if joins.load(Ordering::Acquire) => Standing::Member,
             Expected::Members(members, _) => members.standing(key),
@@ -105,7 +109,7 @@ impl Pinned {
         // Anybody can make a router write this; a node asks for its router itself, and not often.
         let writes = match &self.expected {
             Expected::Members(members, _) => members.refusals.admits(Instant::now()),
-            Expected::Router(_) | Expected::Anyone => true,
+            Expected::Machine(_) | Expected::Anyone => true,
         };
         if writes {
             tracing::warn!(key = key.to_hex(), ?standing, "a peer was turned away for its key");
@@ -218,7 +222,8 @@ impl ResolvesServerCert for Offer {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let offers =
             |wanted: &[u8]| hello.alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted));
-        self.joins.store(offers(JOIN_ALPN) && !offers(ALPN), Ordering::Release);
+        let joins = offers(JOIN_ALPN) && !offers(ALPN) && !offers(WEIGHTS_ALPN);
+        self.joins.store(joins, Ordering::Release);
         Some(Arc::clone(&self.key))
     }
 }
@@ -228,18 +233,36 @@ impl ResolvesServerCert for Offer {
 pub struct Gate {
     key: Arc<CertifiedKey>,
     members: Arc<Members>,
+    /// What it serves, preferred first.
+    protocols: &'static [&'static [u8]],
 }
 
 impl Gate {
-    /// Shows this key, and lets members in, and those who want to join.
+    /// The router's: shows this key, and lets members in, and those who want to join.
     ///
     /// # Errors
     /// `TlsError`, which would be a defect of this program.
     pub fn new(identity: &Identity, members: Arc<Members>) -> Result<Gate, TlsError> {
+        Gate::serving(&[ALPN, WEIGHTS_ALPN, JOIN_ALPN], identity, members)
+    }
+
+    /// A node's: lets members in, for weights.
+    ///
+    /// # Errors
+    /// `TlsError`, which would be a defect of this program.
+    pub(crate) fn lending(identity: &Identity, members: Arc<Members>) -> Result<Gate, TlsError> {
+        Gate::serving(&[WEIGHTS_ALPN], identity, members)
+    }
+
+    fn serving(
+        protocols: &'static [&'static [u8]],
+        identity: &Identity,
+        members: Arc<Members>,
+    ) -> Result<Gate, TlsError> {
         let provider = rustls::crypto::ring::default_provider();
         let signer = provider.key_provider.load_private_key(identity.private_key())?;
         let key = Arc::new(CertifiedKey::new(vec![identity.certificate()], signer));
-        Ok(Gate { key, members })
+        Ok(Gate { key, members, protocols })
     }
 
     /// The same with another certificate, or another key to sign with.
@@ -261,7 +284,7 @@ impl Gate {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(Offer { key: Arc::clone(&self.key), joins }));
-        config.alpn_protocols = vec![ALPN.to_vec(), JOIN_ALPN.to_vec()];
+        config.alpn_protocols = self.protocols.iter().map(|protocol| protocol.to_vec()).collect();
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(config)
@@ -294,7 +317,15 @@ fn client_expecting(identity: &Identity, expected: Expected, alpn: &[u8]) -> Res
 /// # Errors
 /// `TlsError`, which would be a defect of this program.
 pub fn client(identity: &Identity, router: NodeId) -> Result<ClientConfig, TlsError> {
-    client_expecting(identity, Expected::Router(router), ALPN)
+    client_expecting(identity, Expected::Machine(router), ALPN)
+}
+
+/// TLS of a node that borrows weights of the machine with this key.
+///
+/// # Errors
+/// `TlsError`, which would be a defect of this program.
+pub(crate) fn borrower(identity: &Identity, lender: NodeId) -> Result<ClientConfig, TlsError> {
+    client_expecting(identity, Expected::Machine(lender), WEIGHTS_ALPN)
 }
 
 /// TLS of a machine that joins: takes any key, as the cluster's signature will tell whose it is.

@@ -84,6 +84,17 @@ pub struct Health {
     pub vitals: Vitals,
 }
 
+/// How far a node is with the weights of a placement; said every second while it is at it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loading {
+    /// Bytes that are where they belong: on its disk, or in its memory where it needs no disk.
+    pub done_bytes: u64,
+    /// Bytes of the placement.
+    pub total_bytes: u64,
+    /// Of what was fetched over the network: bytes that came from other nodes and not from the router.
+    pub peer_bytes: u64,
+}
+
 /// The router asks on a lane how long bytes take; the node answers with `Probed`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {

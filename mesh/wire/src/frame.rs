@@ -49,6 +49,19 @@ pub const PROBE_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a signed roster: 256 machines take about a tenth.
 pub const ROSTER_BYTES_MAX: usize = 256 << 10;
 
+/// Bytes of weights in one frame: with header and archive it fits a buffer of 256 KiB, takes 2 ms on a gigabit, and is
+/// what a sender reads, and a receiver writes, at a time.
+pub const CHUNK_BYTES_MAX: usize = 255 << 10;
+
+/// Experts or slices that are asked about at a time: a layer of twice the experts of any model.
+pub const ASKED_SLICES_MAX: usize = 1024;
+
+/// Layers with routed experts in a catalogue, as many as a config may have.
+pub const CATALOGUE_LAYERS_MAX: usize = 1024;
+
+/// Machines in one answer about who holds what; one byte numbers them.
+pub const NAMED_HOLDERS_MAX: usize = 255;
+
 /// Bytes of a node's name, as in DNS labels.
 pub const NAME_BYTES_MAX: usize = 63;
 
@@ -62,7 +75,7 @@ pub(crate) const ARCHIVE_FIXED_BYTES_MAX: usize = 512;
 pub const BODY_BYTES_MAX: usize = REPLY_PAYLOAD_BYTES_MAX + ROWS_MAX + ARCHIVE_FIXED_BYTES_MAX;
 
 /// What a frame is. Codes below 16 travel on lanes, the others on the control stream; 32-47 are kept for the
-/// roster and 48-63 for weights.
+/// roster and 48-63 for weights, which have connections of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Op {
@@ -94,11 +107,31 @@ pub enum Op {
     Pong = 23,
     /// Router to node: the signed roster, now and whenever it changes.
     Roster = 32,
+    /// To the router, on a connection for weights: which model is it?
+    AskCatalogue = 48,
+    /// The answer.
+    Catalogue = 49,
+    /// To the router: what are the hashes of these experts or slices?
+    AskHashes = 50,
+    /// The answer.
+    Hashes = 51,
+    /// To the router: who else has them?
+    AskHolders = 52,
+    /// The answer.
+    Holders = 53,
+    /// To the router or a node: send one, from here on.
+    Fetch = 54,
+    /// The next bytes of it.
+    Chunk = 55,
+    /// Why not.
+    WeightsRefused = 56,
+    /// Node to router, on the control stream while it fetches or loads: how far it is.
+    Loading = 57,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Op; 14] = [
+    pub const ALL: [Op; 24] = [
         Op::Call,
         Op::Reply,
         Op::CallRefused,
@@ -113,6 +146,16 @@ impl Op {
         Op::Ping,
         Op::Pong,
         Op::Roster,
+        Op::AskCatalogue,
+        Op::Catalogue,
+        Op::AskHashes,
+        Op::Hashes,
+        Op::AskHolders,
+        Op::Holders,
+        Op::Fetch,
+        Op::Chunk,
+        Op::WeightsRefused,
+        Op::Loading,
     ];
 
     /// The operation with this code.
@@ -128,9 +171,15 @@ impl Op {
             Op::Placement => PLACED_EXPERTS_MAX * 8 + ARCHIVE_FIXED_BYTES_MAX,
             Op::Probe | Op::Probed => PROBE_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
             Op::Roster => ROSTER_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
-            Op::Leaving | Op::Ping | Op::Pong => ARCHIVE_FIXED_BYTES_MAX,
+            Op::Leaving | Op::Ping | Op::Pong | Op::AskCatalogue | Op::Loading => ARCHIVE_FIXED_BYTES_MAX,
+            Op::Fetch => 8 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Catalogue => CATALOGUE_LAYERS_MAX * 4 + TEXT_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
+            Op::AskHashes | Op::AskHolders => ASKED_SLICES_MAX * 8 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Hashes => ASKED_SLICES_MAX * 32 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Holders => NAMED_HOLDERS_MAX * 50 + ASKED_SLICES_MAX * 4 + ARCHIVE_FIXED_BYTES_MAX,
+            Op::Chunk => CHUNK_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
             Op::Hello => NAME_BYTES_MAX + 2 * TEXT_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX,
-            Op::CallRefused | Op::Placed | Op::Health | Op::Goodbye => {
+            Op::CallRefused | Op::Placed | Op::Health | Op::Goodbye | Op::WeightsRefused => {
                 TEXT_BYTES_MAX + ARCHIVE_FIXED_BYTES_MAX
             }
         }
@@ -323,6 +372,9 @@ pub enum FrameError {
         "a placement lists its experts strictly ascending, at most {PLACED_EXPERTS_MAX} of them, none empty"
     )]
     Experts,
+    /// A message about weights says what no correct peer says.
+    #[error("{0}")]
+    Weights(&'static str),
     /// A code in a control message is not one of the known.
     #[error("the {field} has the unknown value {value}")]
     Code {

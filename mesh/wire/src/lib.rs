@@ -6,7 +6,8 @@
 //! into types that cannot be wrong; nothing behind this crate checks again.
 //!
 //! Read in this order: `frame` is the header, the operation codes and every error, `buffer` where a frame lies,
-//! `call` and `reply` are the hot path, `message` is everything that is said a few times per second at most.
+//! `call` and `reply` are the hot path, `message` is everything that is said a few times per second at most, `weights`
+//! how experts travel.
 //!
 //! A module imports only modules listed after it (tests: tidy).
 
@@ -16,6 +17,8 @@ compile_error!("frames are little-endian and viewed in place; a big-endian machi
 pub mod call;
 
 pub mod reply;
+
+pub mod weights;
 
 pub mod message;
 

@@ -12,7 +12,7 @@ use rkyv::{Archive, Portable, Serialize};
 use crate::archive::{self, Reserve};
 use crate::buffer::{Buffer, Pool};
 use crate::control::{
-    CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal, Vitals,
+    CallRefused, Goodbye, Health, Hello, Loading, Placed, Placement, Probe, Probed, Refusal, Vitals,
 };
 use crate::frame::{
     FrameError, NAME_BYTES_MAX, Op, PLACED_EXPERTS_MAX, PROBE_BYTES_MAX, ROSTER_BYTES_MAX, TEXT_BYTES_MAX,
@@ -49,6 +49,8 @@ pub enum Message {
     Pong(u64),
     /// A signed roster, as bytes; what they mean is not this crate's.
     Roster(Vec<u8>),
+    /// See `control::Loading`.
+    Loading(Loading),
 }
 
 impl Message {
@@ -72,6 +74,7 @@ impl Message {
             Message::Ping(id) => encode_blob(pool, Op::Ping, (*id, 0), &[]),
             Message::Pong(id) => encode_blob(pool, Op::Pong, (*id, 0), &[]),
             Message::Roster(bytes) => encode_blob(pool, Op::Roster, (0, 0), bytes),
+            Message::Loading(loading) => encode_loading(pool, *loading),
         }
     }
 
@@ -96,7 +99,9 @@ impl Message {
             Op::Health => decode_health(body).map(Message::Health),
             Op::Goodbye => decode_goodbye(body).map(Message::Goodbye),
             Op::Probe | Op::Probed | Op::Leaving | Op::Ping | Op::Pong | Op::Roster => decode_blob(op, body),
-            Op::Call | Op::Reply => Err(FrameError::UnexpectedOp(op)),
+            Op::Loading => decode_loading(body).map(Message::Loading),
+            // Calls are `call` and `reply`, weights are `weights`.
+            _ => Err(FrameError::UnexpectedOp(op)),
         }
     }
 }
@@ -239,11 +244,30 @@ fn decode_blob(op: Op, body: &[u8]) -> Result<Message, FrameError> {
 #[derive(Clone, Copy, Debug, CheckBytes, Portable)]
 #[bytecheck(crate = rkyv::bytecheck)]
 #[repr(C)]
-struct Key {
+pub(crate) struct Key {
     layer: u16_le,
     expert: u16_le,
     from: u16_le,
     to: u16_le,
+}
+
+impl Key {
+    /// As the rest of the program has it.
+    pub(crate) fn to_slice(self) -> Slice {
+        Slice {
+            key: ExpertKey { layer: self.layer.to_native(), expert: self.expert.to_native() },
+            from: self.from.to_native(),
+            to: self.to.to_native(),
+        }
+    }
+}
+
+/// Writes slices as `Key`s into their reserved room.
+pub(crate) fn write_keys(room: &mut [u8], slices: &[Slice]) {
+    for (to, slice) in room.chunks_exact_mut(size_of::<Key>()).zip(slices) {
+        let fields = [slice.key.layer, slice.key.expert, slice.from, slice.to];
+        to.chunks_exact_mut(2).zip(fields).for_each(|(to, field)| to.copy_from_slice(&field.to_le_bytes()));
+    }
 }
 
 #[derive(Archive, Serialize)]
@@ -261,11 +285,7 @@ fn encode_placement(pool: &Pool, placement: &Placement) -> Result<Buffer, FrameE
         experts: Reserve::new(placement.experts.len()),
     };
     let mut buffer = archive::write(pool, Op::Placement, value.experts.bytes(), &value)?;
-    let room = buffer.body_mut()[value.experts.range()].chunks_exact_mut(size_of::<Key>());
-    for (to, slice) in room.zip(&placement.experts) {
-        let fields = [slice.key.layer, slice.key.expert, slice.from, slice.to];
-        to.chunks_exact_mut(2).zip(fields).for_each(|(to, field)| to.copy_from_slice(&field.to_le_bytes()));
-    }
+    write_keys(&mut buffer.body_mut()[value.experts.range()], &placement.experts);
     Ok(buffer)
 }
 
@@ -274,12 +294,7 @@ fn decode_placement(body: &[u8]) -> Result<Placement, FrameError> {
     if archived.experts.len() > PLACED_EXPERTS_MAX {
         return Err(FrameError::Experts);
     }
-    let slice = |key: &Key| Slice {
-        key: ExpertKey { layer: key.layer.to_native(), expert: key.expert.to_native() },
-        from: key.from.to_native(),
-        to: key.to.to_native(),
-    };
-    let experts: Vec<_> = archived.experts.iter().map(slice).collect();
+    let experts: Vec<_> = archived.experts.iter().map(|key| key.to_slice()).collect();
     check_experts(&experts)?;
     Ok(Placement { epoch: archived.epoch.to_native(), model: archived.model, experts })
 }
@@ -382,6 +397,27 @@ fn decode_health(body: &[u8]) -> Result<Health, FrameError> {
 }
 
 #[derive(Archive, Serialize)]
+struct LoadingArchive {
+    done_bytes: u64,
+    total_bytes: u64,
+    peer_bytes: u64,
+}
+
+fn encode_loading(pool: &Pool, loading: Loading) -> Result<Buffer, FrameError> {
+    let Loading { done_bytes, total_bytes, peer_bytes } = loading;
+    archive::write(pool, Op::Loading, 0, &LoadingArchive { done_bytes, total_bytes, peer_bytes })
+}
+
+fn decode_loading(body: &[u8]) -> Result<Loading, FrameError> {
+    let archived = archive::read::<ArchivedLoadingArchive>(Op::Loading, body)?;
+    Ok(Loading {
+        done_bytes: archived.done_bytes.to_native(),
+        total_bytes: archived.total_bytes.to_native(),
+        peer_bytes: archived.peer_bytes.to_native(),
+    })
+}
+
+#[derive(Archive, Serialize)]
 struct GoodbyeArchive {
     reason: Reserve<u8>,
 }
@@ -399,12 +435,12 @@ fn decode_goodbye(body: &[u8]) -> Result<Goodbye, FrameError> {
     Ok(Goodbye { reason: text("reason", &archived.reason, TEXT_BYTES_MAX)? })
 }
 
-fn fill(buffer: &mut Buffer, room: &Reserve<u8>, text: &str) {
+pub(crate) fn fill(buffer: &mut Buffer, room: &Reserve<u8>, text: &str) {
     buffer.body_mut()[room.range()].copy_from_slice(text.as_bytes());
 }
 
 /// `text` with control characters replaced by spaces, cut at a character border to at most `max` bytes.
-fn shortened(text: &str, max: usize) -> String {
+pub(crate) fn shortened(text: &str, max: usize) -> String {
     let mut short = String::new();
     for letter in text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }) {
         if short.len() + letter.len_utf8() > max {
@@ -415,7 +451,7 @@ fn shortened(text: &str, max: usize) -> String {
     short
 }
 
-fn text(field: &'static str, bytes: &ArchivedVec<u8>, max: usize) -> Result<String, FrameError> {
+pub(crate) fn text(field: &'static str, bytes: &ArchivedVec<u8>, max: usize) -> Result<String, FrameError> {
     let wrong = FrameError::Text { field, max };
     if bytes.len() > max {
         return Err(wrong);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use crate::buffer::{Buffer, Pool};
 use crate::call::{Assignment, Call, CallDraft, CallHead, CallView};
 use crate::control::{
-    CallRefused, Goodbye, Health, Hello, Placed, Placement, Probe, Probed, Refusal, Vitals,
+    CallRefused, Goodbye, Health, Hello, Loading, Placed, Placement, Probe, Probed, Refusal, Vitals,
 };
 use crate::frame::{
     ASSIGNMENTS_MAX, BODY_BYTES_MAX, FrameError, HEADER_BYTES, HIDDEN_MAX, Header, NAME_BYTES_MAX, Op,
@@ -16,6 +16,7 @@ use crate::id::{ExpertKey, Slice};
 use crate::message::Message;
 use crate::payload::{RowFormat, SumWidth, row_bytes};
 use crate::reply::{Reply, ReplyDraft, ReplyHead, ReplyView, Row, encode_sums};
+use crate::weights::{Chunk, Weights};
 
 fn pool() -> Pool {
     Pool::new(64 << 20)
@@ -99,6 +100,7 @@ fn messages() -> Vec<Message> {
         Message::Ping(u64::MAX),
         Message::Pong(1),
         Message::Roster(vec![7; 900]),
+        Message::Loading(Loading { done_bytes: 1 << 40, total_bytes: 3, peer_bytes: 4 }),
     ]
 }
 
@@ -514,7 +516,8 @@ proptest! {
         match op {
             Op::Call => CallView::parse(buffer.body()).map_or_else(|_| (), check_call),
             Op::Reply => ReplyView::parse(buffer.body()).map_or_else(|_| (), check_reply),
-            _ => drop(Message::decode(&buffer)),
+            Op::Chunk => Chunk::parse(buffer).map_or_else(|_| (), |chunk| assert!(!chunk.bytes().is_empty())),
+            _ => drop((Message::decode(&buffer), Weights::decode(&buffer))),
         }
     }
 

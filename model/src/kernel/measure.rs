@@ -40,6 +40,20 @@ pub struct Sample<'a> {
     pub expert_bytes: u64,
 }
 
+/// Fills `out` with what can be measured on where there are no weights: kernels do the same with it. Read as f16 (the
+/// scales of quantized formats) every value is about 0.001, read as bf16 about 0.01; the rest differs from place to
+/// place, and by `seed`.
+pub fn fill(format: Format, seed: u64, out: &mut [u8]) {
+    let high = if format.is_quantized() { 0x14 } else { 0x3c };
+    let mut state = seed;
+    for pair in out.chunks_mut(2) {
+        // A step of a 64-bit linear congruential generator (Knuth's MMIX).
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let low = (state >> 56) as u8;
+        pair.copy_from_slice(&[low, high][..pair.len()]);
+    }
+}
+
 /// Weight bandwidth in MB/s at `ROWS`: bytes of the experts a call uses over the time it takes. 0 where not
 /// measured.
 ///
@@ -136,6 +150,7 @@ mod tests {
     use crate::kernel::Kernels;
     use crate::kernel::native::{Native, NativeConfig};
     use crate::open::Model;
+    use crate::packed::PackedExpert;
 
     fn loaded(format: Format) -> (std::sync::Arc<dyn LayerExperts>, usize, u64) {
         let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/qwen3_moe");
@@ -160,6 +175,25 @@ mod tests {
             // Not measured only after something that was slow.
             let first_missing = measured.iter().position(|mb_s| *mb_s == 0).unwrap_or(measured.len());
             assert!(measured[first_missing..].iter().all(|mb_s| *mb_s == 0), "{measured:?}");
+        }
+    }
+
+    #[test]
+    fn what_fills_in_for_weights_can_be_measured_on_in_every_format() {
+        let native = Native::new(NativeConfig::threads(1)).unwrap();
+        for format in Format::ALL {
+            let (hidden, inter) = (64, 160);
+            let expert_bytes = format.expert_bytes(hidden, inter);
+            let expert = |seed| {
+                let mut bytes = Buffer::zeroed(expert_bytes);
+                fill(format, seed, &mut bytes);
+                PackedExpert { format, hidden, inter, bytes: bytes.into() }
+            };
+            assert_ne!(expert(0).bytes[..64], expert(1).bytes[..64]);
+            let runs = native.experts(vec![(0, expert(0)), (1, expert(1))], -9).unwrap();
+            let sample =
+                Sample { runs: &*runs, experts: 2, format, hidden, expert_bytes: expert_bytes as u64 };
+            assert!(weight_mb_s(&sample).unwrap()[0] > 0, "{format}");
         }
     }
 
