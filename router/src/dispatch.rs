@@ -13,6 +13,7 @@
 
 mod collect;
 mod flight;
+mod usage;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ use model::kernel::measure::ROWS;
 
 use self::flight::{Batch, Outstanding};
 pub use self::flight::{Flight, Unreachable};
+use self::usage::Usage;
 use crate::cost::StepCost;
 use crate::metrics::Metrics;
 use crate::share::{self, Choice, Curve, Learned, Mode, Place, Predicted, ROUTER, Share, node_place};
@@ -112,6 +114,7 @@ pub struct Dispatch {
     wire: Vec<WireAssignment>,
     /// Assignments on their way from one batch to another, or to `Home`.
     some: Vec<Assignment>,
+    usage: Usage,
 }
 
 #[derive(Debug)]
@@ -210,6 +213,7 @@ impl Dispatch {
             spare: Vec::new(),
             wire: Vec::new(),
             some: Vec::new(),
+            usage: Usage::default(),
         };
         dispatch.places.push(dispatch.place(&[0; ROWS.len()]));
         dispatch
@@ -239,6 +243,9 @@ impl Dispatch {
     pub fn begin_step(&mut self) {
         self.step += 1;
         self.refresh();
+        if let (Some(hub), Some(counts)) = (&self.hub, self.usage.take()) {
+            hub.note_used(counts);
+        }
         self.view.write(&self.places);
     }
 
@@ -255,6 +262,11 @@ impl Dispatch {
         }
         hub.wait_until(timeout, is_new);
         true
+    }
+
+    /// Epoch of the routes of the last layer; 0 before there is a placement.
+    pub fn epoch(&self) -> u64 {
+        self.routes.epoch
     }
 
     /// Whether any node serves experts.
@@ -327,6 +339,7 @@ impl Dispatch {
             return Ok(());
         };
         self.refresh();
+        self.usage.count((layer as u16, &self.routes.table), (work.rows, &work.assignments));
         flight.routes = Arc::clone(&self.routes);
         flight.overlapped = busy.overlapped;
         self.divide(layer as u16, work, busy);

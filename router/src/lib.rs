@@ -30,6 +30,8 @@ pub mod sampler;
 
 pub mod cost;
 
+pub mod pace;
+
 pub mod metrics;
 
 pub mod request;

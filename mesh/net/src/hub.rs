@@ -13,6 +13,8 @@
 //! `Authority`'s; this module makes the seats agree with it, cuts off who is no longer in it, and shows it to all
 //! nodes. Of two processes with one key it keeps the one that is alive and was first.
 
+mod plans;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -183,6 +185,8 @@ struct Shared {
     joined: AtomicU64,
     joins_refused: AtomicU64,
     clones: AtomicU64,
+    /// To the network's thread, from those that plan.
+    commands: mpsc::Sender<Command>,
     /// Goodbye was said: nodes that leave from now on do what they were told.
     closing: AtomicBool,
     /// What is written down of peers that did not get in, did not join, did not introduce themselves.
@@ -220,8 +224,8 @@ impl Hub {
         };
         let local = listener.endpoint.local_addr();
         let local = local.map_err(|source| EndpointError::Bind { address: config.listen, source })?;
-        let shared = Arc::new(Shared::new(config));
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let shared = Arc::new(Shared::new(config, commands.clone()));
         let (stop, stopped) = watch::channel(None);
         let server = Server { shared: Arc::clone(&shared), listener, sessions: JoinSet::new() };
         let network = Arc::clone(&helm);
@@ -407,7 +411,7 @@ impl Drop for Hub {
 }
 
 impl Shared {
-    fn new(config: HubConfig) -> Shared {
+    fn new(config: HubConfig, commands: mpsc::Sender<Command>) -> Shared {
         let cluster = Cluster::with_policy(Vec::new(), config.facts, config.policy);
         let plan_file = config.placement_file.map(|path| Arc::new(PlanFile::new(path)));
         let routes = RwLock::new(cluster.routes());
@@ -428,6 +432,7 @@ impl Shared {
             joined: AtomicU64::new(0),
             joins_refused: AtomicU64::new(0),
             clones: AtomicU64::new(0),
+            commands,
             closing: AtomicBool::new(false),
             strangers: Default::default(),
         };
@@ -554,6 +559,7 @@ impl Shared {
                 let routes = self.cluster().routes();
                 *self.routes.write().unwrap_or_else(PoisonError::into_inner) = routes;
             }
+            Action::Plan(task) => self.plan_elsewhere(task),
             Action::Report(node, text) => {
                 let seat = self.seats.at(node);
                 tracing::warn!(node = seat.map(|seat| seat.machine.name.clone()), "{text}");
