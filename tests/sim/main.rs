@@ -186,7 +186,7 @@ fn plans_of_large_clusters_are_timed() {
     let first = timed("a first plan", task(None, Work::Anew(nodes[..15].to_vec())));
     assert!(first.is_some());
     assert!(timed("a node more", task(first.clone(), Work::Anew(nodes.clone()))).is_some());
-    let loss = Loss { out: vec![0], gone: vec![0], able: nodes[1..15].to_vec(), step_bytes: u64::MAX };
+    let loss = Loss { out: vec![14], gone: vec![14], able: nodes[..14].to_vec(), step_bytes: u64::MAX };
     assert!(timed("stand-ins for a lost node", task(first.clone(), Work::StandIns(loss))).is_some());
     timed("a look at frequencies", task(first, Work::Tune));
 }

@@ -703,7 +703,8 @@ impl World {
         let epoch = stored.as_ref().map(|stored| stored.epoch);
         self.trace.note(self.now, format_args!("the router starts from the plan of {epoch:?}"));
         let life = self.router.life + 1;
-        self.router = Router { life, ..Router::new(&self.facts, self.policy, members.len(), stored) };
+        self.router = Router::new(&self.facts, self.policy, members.len(), stored);
+        self.router.life = life;
     }
 
     fn strike(&mut self, fault: Fault) {

@@ -15,8 +15,11 @@
 //! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
 //! a node that joins during a change waits for the next one.
 
-mod nodes;
 mod plans;
+
+mod nodes;
+
+mod stage;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +27,8 @@ use std::time::Duration;
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
 use self::nodes::{Link, Node, Order};
-use self::plans::{Errand, Stage};
+use self::plans::Errand;
+use self::stage::Stage;
 pub use crate::changes::{Change, HANDOVER_MAX, Patience, Why};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
 use crate::health::{Budget, Speed, Trust};

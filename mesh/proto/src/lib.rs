@@ -34,9 +34,9 @@ pub mod attempts;
 
 pub mod health;
 
-pub mod routes;
-
 pub mod changes;
+
+pub mod routes;
 
 pub mod status;
 

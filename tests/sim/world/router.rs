@@ -277,6 +277,13 @@ impl World {
         if self.router.plan_when_all_are_here || !cluster.settled() || cluster.next_epoch().is_some() {
             return false;
         }
+        // Both ends know of the same connection: who was replaced a moment ago is not missed yet.
+        let connected = |(machine, node): (&Machine, NodeIndex)| {
+            machine.dead || machine.connection.is_some() && machine.connection == self.router.connection(node)
+        };
+        if !self.machines.iter().zip(0..).all(connected) {
+            return false;
+        }
         // With slices more may fit, and experts of the router need no room.
         let alive = || self.machines.iter().filter(|machine| !machine.dead);
         let room: u64 = alive().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed};
 
-use super::plans::{Stage, per_layer, place};
+use super::stage::{Stage, per_layer, place};
 use super::{Action, Cluster, EPOCH_MAX, MALFORMED_MAX};
 use crate::claims::{Claims, bounded};
 use crate::facts::LinkSpeed;

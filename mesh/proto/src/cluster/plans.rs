@@ -13,9 +13,9 @@ use std::time::Duration;
 use mesh_wire::control::Placement;
 
 use super::nodes::{Cover, Link, Node, Order};
+use super::stage::{Stage, per_layer, place};
 use super::{Action, Cluster, HANDOVER_MAX, SWITCH_WAIT_MAX};
 use crate::changes::{Change, Why};
-use crate::facts::ModelFacts;
 use crate::machine::Capacity;
 use crate::placement::Plan;
 use crate::planner::{Proposal, Task, Work};
@@ -33,38 +33,17 @@ const COPIES_STEP_BYTES: u64 = 128 << 20;
 /// Least time between such steps.
 const STEP_EVERY: Duration = Duration::from_secs(10);
 
+/// Longest time that a plan may take to be made: a thousand times what it takes for the largest clusters.
+const ERRAND_MAX: Duration = Duration::from_secs(60);
+
 /// Batches of counts before anything is planned by them: the mean then holds most of what it will.
 const BATCHES_MIN: u64 = 8;
-
-/// A plan that is used, or being loaded.
-#[derive(Debug)]
-pub(super) struct Stage {
-    pub(super) epoch: u64,
-    pub(super) since: Duration,
-    pub(super) plan: Plan,
-    pub(super) change: Change,
-}
-
-impl Stage {
-    /// An earlier router's.
-    pub(super) fn restored(epoch: u64, plan: Plan) -> Stage {
-        let after_ns = plan.predicted.token_ns;
-        let change = Change {
-            epoch,
-            why: Why::Restored,
-            nodes: Vec::new(),
-            before_ns: None,
-            after_ns,
-            moved_bytes: 0,
-        };
-        Stage { epoch, since: Duration::ZERO, plan, change }
-    }
-}
 
 /// A plan that is being made.
 #[derive(Debug)]
 pub(super) struct Errand {
     ticket: u64,
+    since: Duration,
     why: Why,
     /// Because of whom.
     nodes: Vec<NodeIndex>,
@@ -81,12 +60,14 @@ impl Cluster {
     pub(super) fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
         self.resolve(now, actions);
         self.release_late(now, actions);
+        // One that does not come back, because whoever worked at it failed, is due again.
+        self.errand.take_if(|errand| now.saturating_sub(errand.since) >= ERRAND_MAX);
         if self.next.is_some() || self.errand.is_some() {
             return;
         }
         let Some((mut errand, work)) = self.due(now) else { return };
         self.ticket += 1;
-        errand.ticket = self.ticket;
+        (errand.ticket, errand.since) = (self.ticket, now);
         if matches!(work, Work::Tune) {
             self.considered = now;
         }
@@ -127,7 +108,7 @@ impl Cluster {
         let joined = |node: NodeIndex| Some((node, self.nodes.get(usize::from(node))?.link.as_ref()?.joined));
         let needs = needs.iter().filter_map(|capacity| joined(capacity.node)).collect();
         let base = self.current.as_ref().map_or(0, |stage| stage.epoch);
-        Errand { ticket: 0, why, nodes, base, needs, cover: Cover::Nothing }
+        Errand { ticket: 0, since: Duration::ZERO, why, nodes, base, needs, cover: Cover::Nothing }
     }
 
     /// Whether there was silence long enough; or what is due since then, and the last change, are long enough ago.
@@ -190,7 +171,8 @@ impl Cluster {
                     let member = then.is_some() && !link.wants_in;
                     let comes = !node.barred && !link.trust.is_suspect() && steady(link);
                     let takes_part = if member { back_soon(node) } else { comes };
-                    if everyone || takes_part {
+                    // One that is barred would be waited for in vain, whoever asks.
+                    if takes_part || everyone && !node.barred {
                         capacities.push(link.capacity(index));
                     }
                 }
@@ -484,15 +466,4 @@ impl Cluster {
         link.released = true;
         actions.push(Action::Place(node, Placement { epoch, model, experts: Vec::new() }));
     }
-}
-
-/// Most experts of a layer that a node holds.
-pub(super) fn per_layer(plan: &Plan, node: NodeIndex) -> u32 {
-    u32::try_from(plan.load(node).per_layer).unwrap_or(u32::MAX)
-}
-
-/// The order to load a plan's part.
-pub(super) fn place(facts: &ModelFacts, stage: &Stage, node: NodeIndex) -> Action {
-    let experts = stage.plan.experts(node);
-    Action::Place(node, Placement { epoch: stage.epoch, model: facts.fingerprint, experts })
 }

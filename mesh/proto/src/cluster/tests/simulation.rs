@@ -195,7 +195,9 @@ impl World {
                 self.join(node);
             }
         }
-        // Every refusal is forgotten by this, so that nobody is left out.
+        // Nobody is barred any more, and every refusal is forgotten, so that nobody is left out.
+        self.now += crate::health::PAUSE_MAX;
+        self.step(Event::Tick);
         self.step(Event::Plan);
         let mut rounds = 0;
         while self.peers.iter().any(|peer| !peer.orders.is_empty()) {
