@@ -308,7 +308,9 @@ impl Cluster {
             (_, true) => &mut link.next,
             _ => return,
         };
-        if *order != Order::Sent {
+        // Asked again for what it holds, it may say that it does not any more.
+        let lost = *order == Order::Held && !placed.refusal.is_empty();
+        if *order != Order::Sent && !lost {
             return;
         }
         if placed.refusal.is_empty() {
