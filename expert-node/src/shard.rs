@@ -319,6 +319,8 @@ impl Shard {
             return Err(PlaceError::Model);
         }
         if self.holds(placement) {
+            // The router goes back to it: what is newer was given up, and would be in the way of what comes next.
+            self.lock().retain(|held| held.epoch <= placement.epoch);
             return Ok(self.weight_bytes());
         }
         let needed = self.needed(placement)?;

@@ -14,6 +14,7 @@
 mod collect;
 mod flight;
 mod inspect;
+mod usage;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +38,7 @@ use model::kernel::measure::ROWS;
 use self::flight::{Batch, Outstanding};
 pub use self::flight::{Flight, Unreachable};
 use self::inspect::Inspection;
+use self::usage::Usage;
 use crate::audit::{Audit, AuditView};
 use crate::cost::StepCost;
 use crate::metrics::Metrics;
@@ -117,6 +119,7 @@ pub struct Dispatch {
     wire: Vec<WireAssignment>,
     /// Assignments on their way from one batch to another, or to `Home`.
     some: Vec<Assignment>,
+    usage: Usage,
 }
 
 #[derive(Debug)]
@@ -224,6 +227,7 @@ impl Dispatch {
             spare: Vec::new(),
             wire: Vec::new(),
             some: Vec::new(),
+            usage: Usage::default(),
         };
         dispatch.places.push(dispatch.place(&[0; ROWS.len()]));
         dispatch
@@ -269,6 +273,9 @@ impl Dispatch {
         self.step += 1;
         self.inspection.begin_step();
         self.refresh();
+        if let (Some(hub), Some(counts)) = (&self.hub, self.usage.take()) {
+            hub.note_used(counts);
+        }
         self.view.write(&self.places);
     }
 
@@ -285,6 +292,11 @@ impl Dispatch {
         }
         hub.wait_until(timeout, is_new);
         true
+    }
+
+    /// Epoch of the routes of the last layer; 0 before there is a placement.
+    pub fn epoch(&self) -> u64 {
+        self.routes.epoch
     }
 
     /// Whether any node serves experts.
@@ -363,6 +375,7 @@ impl Dispatch {
             return Ok(());
         };
         self.refresh();
+        self.usage.count((layer as u16, &self.routes.table), (work.rows, &work.assignments));
         flight.routes = Arc::clone(&self.routes);
         flight.overlapped = busy.overlapped;
         self.divide(layer as u16, work, busy);

@@ -20,6 +20,7 @@ use crate::cost::StepCost;
 use crate::dispatch::{LayerError, PlacesView};
 use crate::forward::{Forward, ForwardError, Step};
 use crate::metrics::{Load, Metrics};
+use crate::pace::{Pace, Paces};
 use crate::request::{Command, Event, FinishReason, GenerateError, Submission, Timing, TokenLogprobs};
 use crate::sampler::{self, Sampler, Scratch};
 use crate::scheduler::{Limits, LimitsError, NewSequence, Occupancy, Scheduler, SequenceId, Slice, StepPlan};
@@ -73,6 +74,8 @@ pub struct EngineStatus {
     pub weight_bytes: u64,
     /// Bytes of the KV blocks that were ever in use at a time; others were never touched.
     pub kv_peak_bytes: u64,
+    /// Tokens per second before and after the last change of the placement.
+    pub paces: Paces,
 }
 
 /// A view of the engine's counters, updated after every step.
@@ -108,6 +111,7 @@ pub struct Engine {
     logits: Vec<f32>,
     /// Since when steps fail for want of experts that nodes are loading.
     held_since: Option<Instant>,
+    pace: Pace,
 }
 
 /// A sequence in progress.
@@ -161,6 +165,7 @@ impl Engine {
             tokens: Vec::new(),
             logits: Vec::new(),
             held_since: None,
+            pace: Pace::default(),
         })
     }
 
@@ -364,6 +369,8 @@ impl Engine {
         status.decode_rows += decode_rows as u64;
         if decode_rows == plan.rows() {
             status.decode_time += step;
+            self.pace.step(self.forward.epoch(), decode_rows as u64, step + sample);
+            status.paces = self.pace.paces();
         } else {
             status.prefill_time += step;
         }

@@ -183,6 +183,11 @@ impl Forward {
         self.experts.dispatch.count_in(metrics);
     }
 
+    /// Epoch of the placement that the last layer was computed by.
+    pub fn epoch(&self) -> u64 {
+        self.experts.dispatch.epoch()
+    }
+
     /// What is known of the speed of router and nodes, readable from other threads.
     pub fn places(&self) -> PlacesView {
         self.experts.dispatch.view()

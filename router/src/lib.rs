@@ -34,6 +34,8 @@ mod energy;
 
 pub mod cost;
 
+pub mod pace;
+
 pub mod metrics;
 
 pub mod audit;

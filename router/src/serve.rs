@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use mesh_net::authority::Authority;
 use mesh_net::hub::{Hub, HubConfig, HubError, Lending, NodeStatus};
 use mesh_net::keys::random;
-use mesh_proto::cluster::{NodeState, Policy};
+use mesh_proto::cluster::{NodeState, Patience, Policy};
 use mesh_proto::facts::ModelFacts;
 use mesh_proto::machine::Machine;
 use mesh_proto::placement::{Copies, Wishes};
@@ -393,6 +393,7 @@ fn start_hub(config: &RouterConfig, weight_mb_s: [u32; ROWS.len()]) -> Result<Op
         plan_after: mesh.wait,
         require_exact: config.require_exact,
         measure_within: MEASURE_WITHIN,
+        patience: Patience::default(),
         wishes,
     };
     let hub = HubConfig {

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mesh_net::hub::{Hub, NodeStatus};
-use mesh_proto::cluster::NodeState;
+use mesh_proto::cluster::{Change, NodeState};
 use mesh_proto::placement::{Outlook, Share};
-use mesh_proto::routes::Routes;
+use mesh_proto::routes::{NodeIndex, Routes};
 use model::kernel::measure::ROWS;
 use serde_json::{Value, json};
 
@@ -20,6 +20,7 @@ use crate::energy::{Energy, NodeEnergy};
 use crate::engine::{EngineStatus, StatusView};
 use crate::http;
 use crate::metrics::Metrics;
+use crate::pace::{Paces, Rate};
 use crate::request::{EngineHandle, GenerateError, name_experts};
 use crate::share::Place;
 
@@ -166,6 +167,7 @@ impl http::Cluster for ClusterView {
 fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], measured: &Measured) -> Value {
     let outlook = hub.and_then(Hub::outlook);
     let nodes: Vec<NodeStatus> = hub.iter().flat_map(|hub| hub.nodes()).collect();
+    let names: Vec<String> = nodes.iter().map(|node| node.name.clone()).collect();
     let planned = |node: usize| {
         let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
         shares.copied().find(|share| usize::from(share.node) == node)
@@ -195,7 +197,16 @@ fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], measur
         row
     };
     let nodes: Vec<Value> = shown.map(row).collect();
-    json!({"nodes": nodes, "router": router, "plan": outlook.as_ref().map(plan_json)})
+    let name = |node: NodeIndex| names.get(usize::from(node)).cloned().unwrap_or_default();
+    let change = hub.and_then(Hub::last_change).map(|change| change_json(&change, name, status.paces));
+    let loading = hub.and_then(Hub::coming_change).map(|change| change_json(&change, name, Paces::default()));
+    json!({
+        "nodes": nodes,
+        "router": router,
+        "plan": outlook.as_ref().map(plan_json),
+        "change": change,
+        "loading": loading,
+    })
 }
 
 /// What a node's machine shows; null where it does not.
@@ -224,6 +235,25 @@ fn plan_json(outlook: &Outlook) -> Value {
         "copies": outlook.copies.0,
         "copies_max": outlook.copies.1,
         "unplaced": outlook.unplaced,
+    })
+}
+
+/// What a change of the placement was, and what it gave; `null` where there was not enough load to measure it.
+fn change_json(change: &Change, name: impl Fn(NodeIndex) -> String, paces: Paces) -> Value {
+    let tok_s = |ns: u64| 1e9 / ns.max(1) as f64;
+    let rate = |rate: Option<Rate>| {
+        rate.filter(|_| paces.epoch == change.epoch)
+            .map(|rate| json!({"tok_s": rate.tok_s, "rows_per_step": rate.rows_per_step}))
+    };
+    json!({
+        "epoch": change.epoch,
+        "reason": change.why.to_string(),
+        "nodes": change.nodes.iter().map(|node| name(*node)).collect::<Vec<_>>(),
+        "predicted_tok_s_before": change.before_ns.map(tok_s),
+        "predicted_tok_s": tok_s(change.after_ns),
+        "measured_before": rate(paces.before),
+        "measured": rate(paces.now),
+        "moved_bytes": change.moved_bytes,
     })
 }
 

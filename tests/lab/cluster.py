@@ -260,6 +260,15 @@ class Cluster:
         self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
         return self.nodes[name]
 
+    def start_guest(self, name: str, machine: str, flags: tuple[str, ...]) -> Process:
+        """A node that is not one of the cluster's own, on a machine that may do something else besides."""
+        join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
+        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *flags]
+        known = [node for node in self.state()["nodes"] if node["name"] == name]
+        self.earlier[name] = known[0]["connections"] if known else 0
+        self.nodes[name] = Process(self.program, self.lan, machine, arguments, self.folder / f"{name}.log")
+        return self.nodes[name]
+
     def spared(self) -> list[str]:
         """Nodes that the router would take back at once: those it has not lost so often that they flap."""
         since = time.monotonic() - FLAP_WITHIN_S

@@ -20,19 +20,28 @@ pub(crate) enum Fault {
     Slow,
     /// It is stopped in order and started again.
     Leave,
+    /// A machine that was never here joins the cluster.
+    Join,
+    /// A machine is gone for good.
+    Death,
+    /// What is asked for uses some experts more than others.
+    Usage,
     /// The router's process is gone; later it is started again.
     RouterCrash,
     /// The operator asks for a new plan.
     Plan,
 }
 
-const FAULTS: [Fault; 8] = [
+const FAULTS: [Fault; 11] = [
     Fault::Crash,
     Fault::Disconnect,
     Fault::Partition,
     Fault::Freeze,
     Fault::Slow,
     Fault::Leave,
+    Fault::Join,
+    Fault::Death,
+    Fault::Usage,
     Fault::RouterCrash,
     Fault::Plan,
 ];
@@ -58,6 +67,8 @@ pub(crate) struct Profile {
     pub(crate) fallback: bool,
     /// Nothing but many requests and calls that are late now and then, with others that could answer them.
     pub(crate) stragglers: bool,
+    /// Whether the operator asks for a plan when the faults are over.
+    pub(crate) operator: bool,
 }
 
 impl Profile {
@@ -66,7 +77,7 @@ impl Profile {
         let calm = dice.chance(50);
         let mut every = Vec::new();
         for fault in FAULTS {
-            let often = if fault == Fault::RouterCrash { 150 } else { 500 };
+            let often = if fault == Fault::RouterCrash { 150 } else { 400 };
             let mean = dice.millis(700, 9000);
             if dice.chance(often) && !calm {
                 every.push((fault, mean));
@@ -88,6 +99,8 @@ impl Profile {
             refused,
             fallback: dice.chance(700),
             stragglers: dice.chance(30),
+            // Whoever refused is asked again only if somebody wants that.
+            operator: refused > 0 || dice.chance(500),
         };
         if !profile.stragglers {
             return profile;

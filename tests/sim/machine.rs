@@ -109,6 +109,8 @@ pub(crate) struct Machine {
     /// Permille of what it says that is a lie.
     pub(crate) lies: u64,
     pub(crate) leaving: bool,
+    /// It is gone for good.
+    pub(crate) dead: bool,
     /// Calls it has seen, for answering another one.
     last_call: u64,
 }
@@ -129,6 +131,7 @@ impl Machine {
             frozen_until: Duration::ZERO,
             lies,
             leaving: false,
+            dead: false,
             last_call: 0,
         }
     }
@@ -205,9 +208,6 @@ impl Machine {
 
     /// Time a call takes once it is its turn; none where it is refused.
     pub(crate) fn service(&self, call: &Call, facts: &ModelFacts) -> Result<Duration, Refusal> {
-        if self.leaving {
-            return Err(Refusal::Stopping);
-        }
         let held = self.held.iter().find(|held| held.epoch == call.epoch).ok_or(Refusal::UnknownEpoch)?;
         // As it says of itself: reading the weights is what takes time, however many rows there are.
         let experts: BTreeSet<u16> = call.assignments.iter().map(|(_, expert)| *expert).collect();

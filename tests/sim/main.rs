@@ -2,7 +2,8 @@
 //!
 //! A test of one fault after the other cannot find what two of them do together. So each seed draws a cluster (nodes,
 //! memories, a toy model, requests) and rates of faults: messages lost, late, twice, out of order; partitions, one-way
-//! ones too; crashes, restarts, frozen and slow machines; a router that restarts; nodes that lie. The logic is the
+//! ones too; crashes, restarts, frozen and slow machines; machines that join, leave, or are gone for good; frequencies
+//! that change; a router that restarts; nodes that lie. The logic is the
 //! program's own (`Cluster`, the planner, `Attempts`, `Scheduler`); only threads, sockets and clocks are replaced. Then the
 //! faults end, and the cluster has to recover.
 //!
@@ -35,6 +36,12 @@ mod dice;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use mesh_proto::facts::ModelFacts;
+use mesh_proto::machine::{Capacity, Machine};
+use mesh_proto::placement::{Plan, Wishes};
+use mesh_proto::planner::{Task, Work};
+use mesh_proto::popularity::{Counts, Popularity};
+use mesh_proto::standin::Loss;
 use world::{Summary, World};
 
 /// Seeds of `make test`: seconds, not minutes.
@@ -69,6 +76,10 @@ fn add(total: &mut Summary, one: &Summary) {
     total.malformed += one.malformed;
     total.quarantined += one.quarantined;
     total.preemptions += one.preemptions;
+    total.newcomers_planned += one.newcomers_planned;
+    total.stand_ins += one.stand_ins;
+    total.handovers += one.handovers;
+    total.tuned += one.tuned;
     total.trace ^= one.trace;
 }
 
@@ -121,9 +132,63 @@ fn whatever_happens_nothing_is_lost() {
         ("malformed replies", total.malformed),
         ("nodes in quarantine", total.quarantined),
         ("preemptions", total.preemptions),
+        ("newcomers that were planned for", total.newcomers_planned),
+        ("stand-ins for lost nodes", total.stand_ins),
+        ("handovers of leaving nodes", total.handovers),
+        ("changes by frequencies", total.tuned),
     ] {
         assert!(count > 0 || seeds < 100, "no {what} in {seeds} seeds");
     }
+}
+
+/// Prints how long plans take for the largest cluster that is meant: 94 layers of 128 experts on 16 nodes.
+#[test]
+fn plans_of_large_clusters_are_timed() {
+    let facts = ModelFacts {
+        moe_layers: (0..94).collect(),
+        experts: 128,
+        expert_bytes: 2_654_208,
+        top_k: 8,
+        blocks: 12,
+        block_bytes: 2_654_208 / 12,
+        hidden: 4096,
+        int8_rows: true,
+        ..ModelFacts::default()
+    };
+    let node = |node: u16| Capacity {
+        node,
+        memory_bytes: 1 << 40,
+        machine: Machine { weight_mb_s: [9000 + 700 * u32::from(node); 5], ..Machine::default() },
+    };
+    let nodes: Vec<Capacity> = (0..16).map(node).collect();
+    let mut popularity = Popularity::even(&facts);
+    let rows: Vec<u32> = (1..=128).map(|rank| 40_000 / rank).collect();
+    assert!(popularity.learn(&Counts { tokens: 100_000, rows: vec![rows; 94] }));
+    let task = |before: Option<Plan>, work| Task {
+        ticket: 1,
+        facts: facts.clone(),
+        wishes: Wishes::default(),
+        before,
+        serving: (0..15).collect(),
+        popularity: Some(popularity.clone()),
+        work,
+    };
+    let timed = |what: &str, task: Task| {
+        let started = std::time::Instant::now();
+        let proposal = task.work();
+        println!(
+            "{what}: {:.1} ms, {} MB moved",
+            started.elapsed().as_secs_f64() * 1e3,
+            proposal.moved_bytes / 1_000_000
+        );
+        proposal.plan
+    };
+    let first = timed("a first plan", task(None, Work::Anew(nodes[..15].to_vec())));
+    assert!(first.is_some());
+    assert!(timed("a node more", task(first.clone(), Work::Anew(nodes.clone()))).is_some());
+    let loss = Loss { out: vec![14], gone: vec![14], able: nodes[..14].to_vec(), step_bytes: u64::MAX };
+    assert!(timed("stand-ins for a lost node", task(first.clone(), Work::StandIns(loss))).is_some());
+    timed("a look at frequencies", task(first, Work::Tune));
 }
 
 #[test]

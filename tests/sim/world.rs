@@ -5,15 +5,18 @@
 
 mod engine;
 
+mod members;
+
 mod router;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use mesh_proto::cluster::{Event, NodeState, NodeStatus, Policy};
+use mesh_proto::cluster::{Action, Event, NodeState, NodeStatus, Policy};
 use mesh_proto::facts::{LinkSpeed, ModelFacts};
 use mesh_proto::placement::Copies;
+use mesh_proto::planner::Task;
 use mesh_proto::routes::NodeIndex;
 use mesh_proto::stored::Stored;
 use mesh_wire::buffer::Pool;
@@ -100,6 +103,16 @@ pub(crate) enum Happening {
         speed: LinkSpeed,
     },
     Start(NodeIndex),
+    /// A leaving node ends, whether or not the router let go of it.
+    Gone {
+        node: NodeIndex,
+        life: u64,
+    },
+    /// A plan was worked out for this start of the router.
+    Planned {
+        router: u64,
+        task: Box<Task>,
+    },
     RouterStart,
     Engine,
     Arrive(usize),
@@ -156,6 +169,10 @@ pub(crate) struct Summary {
     pub(crate) malformed: u64,
     pub(crate) quarantined: u64,
     pub(crate) preemptions: u64,
+    pub(crate) newcomers_planned: u64,
+    pub(crate) stand_ins: u64,
+    pub(crate) handovers: u64,
+    pub(crate) tuned: u64,
 }
 
 #[derive(Debug)]
@@ -344,8 +361,14 @@ impl World {
     /// All is well again: what the cluster owes then.
     fn afterwards(&mut self) {
         assert!(self.is_done(), "the world stands still before everything is done");
-        let (cluster, now) = (&mut self.router.cluster, self.now);
-        assert_eq!(cluster.handle(now, Event::Tick), [], "it is restless");
+        let quiet = self.router.cluster.handle(self.now, Event::Tick);
+        if let [Action::Plan(task)] = &quiet[..] {
+            // It was time to make copies of what is gone for good, or to follow frequencies.
+            let (router, task) = (self.router.life, task.clone());
+            self.at(TICK, Happening::Planned { router, task });
+        } else {
+            assert_eq!(quiet, [], "it is restless");
+        }
         self.engine.check_empty();
         let clients = self.clients.len();
         (0..2).for_each(|more| self.arrive(clients + more, Duration::from_millis(1)));
@@ -359,7 +382,8 @@ impl World {
             self.happen(happening);
         }
         // While plans change, a node without memory for both has to drop one; then steps wait until it holds the other.
-        let whole = self.router.cluster.unplaced() == 0 || self.profile.fallback;
+        let held = self.router.cluster.routes().table.all().all(|(_, part)| !part.holders.is_empty());
+        let whole = held || self.profile.fallback;
         for client in &self.clients[clients..] {
             let complete = matches!(client.end, Some(End::Complete(_)));
             assert!(complete || !whole, "a calm cluster failed a request: {:?}", client.end);
@@ -396,6 +420,12 @@ impl World {
                 }
             }
             Happening::Start(node) => self.start(node),
+            Happening::Gone { node, life } => self.gone(node, life),
+            Happening::Planned { router, task } => {
+                if self.router_up && self.router.life == router {
+                    self.handle(Event::Planned(Box::new(task.work())));
+                }
+            }
             Happening::RouterStart if self.router_up => {}
             Happening::RouterStart => self.router_starts(),
             Happening::Engine => self.pump(),
@@ -526,6 +556,9 @@ impl World {
             return;
         }
         match control {
+            Control::Place(_) if self.machines[index].leaving => {
+                self.leaving_hears(node, connection, control)
+            }
             Control::Place(placement) => self.placement_arrives(node, connection, placement),
             Control::Placed(placed) => {
                 self.router.placed(node, &placed);
@@ -612,7 +645,7 @@ impl World {
 
     fn start(&mut self, node: NodeIndex) {
         let (now, machine) = (self.now, &mut self.machines[usize::from(node)]);
-        if !machine.up {
+        if !machine.up && !machine.dead {
             machine.start(now);
             self.redial(node);
         }
@@ -670,7 +703,9 @@ impl World {
             text.map(|text| Stored::parse(text, &self.facts, &members).expect("it wrote this itself"));
         let epoch = stored.as_ref().map(|stored| stored.epoch);
         self.trace.note(self.now, format_args!("the router starts from the plan of {epoch:?}"));
+        let life = self.router.life + 1;
         self.router = Router::new(&self.facts, self.policy, members.len(), stored);
+        self.router.life = life;
     }
 
     fn strike(&mut self, fault: Fault) {
@@ -712,25 +747,13 @@ impl World {
             Fault::Freeze => self.machines[index].frozen_until = now + self.dice.millis(50, 6000),
             Fault::Slow => self.machines[index].slow = self.dice.between(1, 60) as u32,
             Fault::Leave => self.leave(node),
+            Fault::Join => self.machine_joins(),
+            Fault::Death => self.machine_dies(node),
+            Fault::Usage => self.usage_changes(),
             Fault::RouterCrash => self.router_crashes(),
             Fault::Plan if self.router_up => self.handle(Event::Plan),
             Fault::Plan => {}
         }
-    }
-
-    /// SIGTERM: it says so, refuses what comes, and ends.
-    fn leave(&mut self, node: NodeIndex) {
-        let machine = &mut self.machines[usize::from(node)];
-        if !machine.up || machine.leaving {
-            return;
-        }
-        machine.leaving = true;
-        if let Some(connection) = machine.connection {
-            self.say(node, Way::In, connection, Control::Leaving);
-        }
-        self.machines[usize::from(node)].die();
-        let back = self.dice.millis(100, 3000);
-        self.at(back, Happening::Start(node));
     }
 
     fn router_crashes(&mut self) {
@@ -763,8 +786,8 @@ impl World {
             self.start(node);
             self.handle(Event::Pardon(node));
         }
-        // Refusals are forgotten by this.
-        self.router.plan_when_all_are_here = true;
+        // Refusals are forgotten by this; else nobody need say a word.
+        self.router.plan_when_all_are_here = self.profile.operator;
     }
 
     pub(crate) fn refused(&mut self, node: NodeIndex, refusal: Refusal) {

@@ -88,6 +88,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             }
         }
         promise(&nodes).into_iter().for_each(|line| println!("{line}"));
+        for (key, what) in [("change", "last change"), ("loading", "being loaded")] {
+            change_line(&nodes[key], what).into_iter().for_each(|line| println!("{line}"));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -208,6 +211,34 @@ pub(crate) fn promise(report: &Value) -> Option<String> {
     let (epoch, copies) = (number(plan, "epoch"), number(plan, "copies"));
     Some(format!(
         "plan {epoch}: {tok_s:.1} tokens/s predicted, at least {copies} holders of what is held{left}"
+    ))
+}
+
+/// What a change of the placement did, in a line; nothing without one.
+fn change_line(change: &Value, what: &str) -> Option<String> {
+    let reason = change["reason"].as_str()?;
+    let names: Vec<&str> = change["nodes"].as_array()?.iter().filter_map(Value::as_str).collect();
+    let who = if names.is_empty() { String::new() } else { format!(" {}", names.join(", ")) };
+    let predicted = |key: &str| change[key].as_f64().map(|tok_s| format!("{tok_s:.1}"));
+    let to = |before: Option<String>, after: String| match before {
+        Some(before) => format!("{before} -> {after}"),
+        None => after,
+    };
+    let after = predicted("predicted_tok_s")?;
+    let predicted = to(predicted("predicted_tok_s_before"), after);
+    let rate = |key: &str| {
+        let rate = &change[key];
+        Some(format!("{:.1} ({:.1} at a time)", rate["tok_s"].as_f64()?, rate["rows_per_step"].as_f64()?))
+    };
+    let unmeasured = "not enough load".to_owned();
+    let measured = match (rate("measured_before"), rate("measured")) {
+        (None, None) => unmeasured,
+        (before, now) => to(Some(before.unwrap_or_else(|| unmeasured.clone())), now.unwrap_or(unmeasured)),
+    };
+    Some(format!(
+        "{what}, plan {}: {reason}{who}; tokens/s predicted {predicted}, measured {measured}; {} moved",
+        number(change, "epoch"),
+        output::bytes(number(change, "moved_bytes")),
     ))
 }
 

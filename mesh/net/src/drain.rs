@@ -1,15 +1,18 @@
 //! How a node stops without anybody noticing: it says that it is leaving, serves what still comes, then goes.
 //!
-//! A node that is told to stop (`Stop::leave`) announces it; the router sends no new calls there, but those under way,
-//! and those sent before the announcement arrived, are still answered. When nothing has come for `QUIET`, it is over:
+//! A node that is told to stop (`Stop::leave`) announces it and goes on serving, while other nodes load what only it
+//! holds; the router says when they have, or that there is no room for it, and sends no new calls from then on
+//! (`Stop::release`). Calls that are under way are still answered. When nothing has come for `QUIET`, it is over:
 //! calls that come after all are refused, so that the router asks elsewhere, and the goodbye goes out behind the last
-//! replies. The price: a rolling restart waits `QUIET` per node. A router that goes on sending cannot hold a node for
-//! longer than `LEAVING_MAX`, and whoever says stop a second time waits for nothing.
+//! replies. The price: a rolling restart waits for what is handed over, and `QUIET`, per node. A router that does not let
+//! go cannot hold a node for longer than `HANDED_OVER_MAX`, nor one that goes on sending for more than `LEAVING_MAX`
+//! after that, and whoever says stop a second time waits for nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use mesh_proto::changes::HANDOVER_MAX;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -17,7 +20,10 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 /// the leaving takes to it over a bad Wi-Fi.
 pub const QUIET: Duration = Duration::from_millis(300);
 
-/// Longest time that a leaving node goes on serving: a prefill call on a slow board takes seconds.
+/// Longest wait for the router to let go: what it waits for others to load, and the way of the words.
+pub const HANDED_OVER_MAX: Duration = HANDOVER_MAX.saturating_add(Duration::from_secs(5));
+
+/// Longest time that a leaving node goes on serving after that: a prefill call on a slow board takes seconds.
 pub const LEAVING_MAX: Duration = Duration::from_secs(10);
 
 /// How far the end has come.
@@ -34,6 +40,8 @@ struct Shared {
     under_way: AtomicU32,
     /// Calls that came and calls that ended, together: it stands still while nothing happens.
     activity: AtomicU64,
+    /// The router sends no more calls.
+    released: watch::Sender<bool>,
     /// Calls are refused.
     closed: AtomicBool,
 }
@@ -57,6 +65,7 @@ impl Stop {
             level: watch::Sender::new(Level::Running),
             under_way: AtomicU32::new(0),
             activity: AtomicU64::new(0),
+            released: watch::Sender::new(false),
             closed: AtomicBool::new(false),
         };
         Stop { shared: Arc::new(shared) }
@@ -104,7 +113,24 @@ impl Stop {
         (!self.shared.closed.load(Ordering::SeqCst)).then_some(counted)
     }
 
-    /// After `wait`: until nothing has happened for `QUIET`, at most until `deadline`; no call is taken from then on.
+    /// The router has let go of this node.
+    pub(crate) fn release(&self) {
+        self.shared.released.send_replace(true);
+    }
+
+    /// After `wait`: until the router has let go, or it is to end at once; for `HANDED_OVER_MAX` at most.
+    pub(crate) async fn handed_over(&self) {
+        let mut released = self.shared.released.subscribe();
+        let latest = Instant::now() + HANDED_OVER_MAX;
+        tokio::select! {
+            // The sender lives in `self`, so this ends with the word only.
+            _ = released.wait_for(|released| *released) => {}
+            () = self.reached(Level::Over) => {}
+            () = sleep_until(latest) => {}
+        }
+    }
+
+    /// After `handed_over`: until nothing has happened for `QUIET`, at most until `deadline`; no call is taken from then on.
     pub(crate) async fn drained(&self, deadline: Instant) {
         let over = self.reached(Level::Over);
         tokio::pin!(over);
@@ -129,7 +155,7 @@ impl Stop {
     /// latest end of leaving.
     pub(crate) async fn out_of_time(&self, grace: Duration) {
         self.wait().await;
-        let latest = Instant::now() + LEAVING_MAX;
+        let latest = Instant::now() + HANDED_OVER_MAX + LEAVING_MAX;
         drop(timeout_at(latest, self.reached(Level::Over)).await);
         sleep_until(Instant::now() + grace).await;
     }

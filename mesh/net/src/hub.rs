@@ -19,6 +19,8 @@
 mod directory;
 mod reception;
 
+mod plans;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -197,6 +199,8 @@ struct Shared {
     joined: AtomicU64,
     joins_refused: AtomicU64,
     clones: AtomicU64,
+    /// To the network's thread, from those that plan.
+    commands: mpsc::Sender<Command>,
     /// Goodbye was said: nodes that leave from now on do what they were told.
     closing: AtomicBool,
     /// What is written down of peers that did not get in, did not join, did not introduce themselves.
@@ -235,12 +239,12 @@ impl Hub {
         let local = listener.endpoint.local_addr();
         let local = local.map_err(|source| EndpointError::Bind { address: config.listen, source })?;
         let weights = config.weights.clone();
-        let shared = Arc::new(Shared::new(config));
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let shared = Arc::new(Shared::new(config, commands.clone()));
         let lender = weights.map(|Lending { shelf, bytes_s }| {
             let directory = Arc::clone(&shared) as Arc<dyn Directory>;
             Arc::new(Lender::new(shelf, directory, shared.authority.members(), bytes_s))
         });
-        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (stop, stopped) = watch::channel(None);
         let server =
             reception::Server { shared: Arc::clone(&shared), listener, lender, sessions: JoinSet::new() };
@@ -433,7 +437,7 @@ impl Drop for Hub {
 }
 
 impl Shared {
-    fn new(config: HubConfig) -> Shared {
+    fn new(config: HubConfig, commands: mpsc::Sender<Command>) -> Shared {
         let cluster = Cluster::with_policy(Vec::new(), config.facts, config.policy);
         let plan_file = config.placement_file.map(|path| Arc::new(PlanFile::new(path)));
         let routes = RwLock::new(cluster.routes());
@@ -454,6 +458,7 @@ impl Shared {
             joined: AtomicU64::new(0),
             joins_refused: AtomicU64::new(0),
             clones: AtomicU64::new(0),
+            commands,
             closing: AtomicBool::new(false),
             strangers: Default::default(),
         };
@@ -584,6 +589,7 @@ impl Shared {
                 let routes = self.cluster().routes();
                 *self.routes.write().unwrap_or_else(PoisonError::into_inner) = routes;
             }
+            Action::Plan(task) => self.plan_elsewhere(task),
             Action::Report(node, text) => {
                 let seat = self.seats.at(node);
                 tracing::warn!(node = seat.map(|seat| seat.machine.name.clone()), "{text}");

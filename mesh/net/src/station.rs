@@ -429,12 +429,16 @@ impl Node {
         }
     }
 
-    /// At the stop: says that the node leaves, and when it has served what was under way, goodbye. Sessions end with
+    /// At the stop: says that the node leaves, and when the router has let go of it and it has served what was under
+    /// way, goodbye. Sessions end with
     /// that, so this never does by itself.
     async fn leave(&self, outbox: mpsc::Sender<Message>) -> String {
         self.stop.wait().await;
-        let deadline = tokio::time::Instant::now() + LEAVING_MAX;
         let drained = async {
+            self.stop.handed_over().await;
+            self.stop.drained(tokio::time::Instant::now() + LEAVING_MAX).await;
+        };
+        let told = async {
             // Not where it is to end at once: then `drained` is over first.
             if outbox.send(Message::Leaving).await.is_ok() {
                 tracing::info!(calls = self.stop.calls_under_way(), "leaving");
@@ -443,8 +447,8 @@ impl Node {
         };
         tokio::select! {
             biased;
-            () = self.stop.drained(deadline) => {}
             () = drained => {}
+            () = told => {}
         }
         let goodbye = Goodbye { reason: "the node is stopping".to_owned() };
         drop(outbox.send(Message::Goodbye(goodbye)).await);
@@ -509,6 +513,10 @@ impl Node {
     ) -> String {
         while let Some(placement) = placements.recv().await {
             let epoch = placement.epoch;
+            if self.stop.is_triggered() && placement.experts.is_empty() {
+                self.stop.release();
+                continue;
+            }
             if self.stop.is_triggered() {
                 let refusal = "the node is stopping".to_owned();
                 let placed = Placed { epoch, weight_bytes: 0, refusal };

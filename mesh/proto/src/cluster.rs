@@ -3,25 +3,38 @@
 //! Nodes come, load what the plan gives them, may go silent, go away and come back. The router wants one table
 //! that is true at every moment (`Routes`), and every change of it must leave a state in which each call can be
 //! answered. The idea is two plans at most: the one in use and the next. Nodes serve both; the next one comes into
-//! use when every node of it that is still here has answered, so no expert is unserved because of a change. All
-//! else is a filter over the plan in use: an expert is routed to its holders while they are connected, have
-//! acknowledged this epoch, and are neither suspect nor on their way out; without any the router computes it.
+//! use when every node of it that is still here has answered, and only if it then leaves no more to the router than the
+//! one in use: so no expert is unserved because of a change. All else is a filter over the plan in use: an expert is
+//! routed to its holders while they are connected, have acknowledged this epoch, and are neither suspect nor released;
+//! without any the router computes it.
+//!
+//! When plans are made is in `plans`, what nodes do in `nodes`. Planning itself is handed out (`Action::Plan`), because
+//! it takes longer than a token. A node that is away keeps its place: others get what only it held beside what they
+//! have (`standin`), and it finds its part when it comes back.
 //!
 //! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
-//! a node that joins during a change waits for the next one. This module refuses to move experts because a node was
-//! lost: their bytes are on the router, and a restart is more frequent than a loss for good.
+//! a node that joins during a change waits for the next one.
+
+mod plans;
+
+mod nodes;
+
+mod stage;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Placed, Placement};
 
-use crate::claims::{Claims, believable, bounded};
+use self::nodes::{Link, Node, Order};
+use self::plans::Errand;
+use self::stage::Stage;
+pub use crate::changes::{Change, HANDOVER_MAX, Patience, Why};
 use crate::facts::{LinkSpeed, Member, ModelFacts};
-use crate::health::{Budget, Flaps, Speed, Trust};
-use crate::heat::Heat;
-use crate::machine::{Capacity, Machine};
-use crate::placement::{Outlook, Plan, Wishes, plan};
+use crate::health::{Budget, Speed, Trust};
+use crate::placement::{Outlook, Wishes};
+use crate::planner::{Proposal, Task};
+use crate::popularity::{Counts, Popularity};
 use crate::routes::{NodeIndex, Routes, Table};
 pub use crate::status::{NodeState, NodeStatus};
 use crate::stored::Stored;
@@ -83,6 +96,10 @@ pub enum Event {
     Pardon(NodeIndex),
     /// The operator wants a plan for the nodes that are here now, without waiting for more.
     Plan,
+    /// What was to be planned (`Action::Plan`) is.
+    Planned(Box<Proposal>),
+    /// So many rows wanted each expert since the last time.
+    Used(Box<Counts>),
     /// Time passed. Expected several times a second: pauses and waits end with a tick.
     Tick,
 }
@@ -98,6 +115,8 @@ pub enum Action {
     RoutesChanged,
     /// Something the operator should read in the log about this node.
     Report(NodeIndex, String),
+    /// Do this where it may take long, and hand back what comes of it (`Event::Planned`).
+    Plan(Box<Task>),
 }
 
 /// When the first plan is made, and who may take part.
@@ -111,6 +130,8 @@ pub struct Policy {
     pub require_exact: bool,
     /// How long a plan waits for the link of a node that just joined to be measured.
     pub measure_within: Duration,
+    /// How long events are waited out.
+    pub patience: Patience,
     /// What plans are to be like.
     pub wishes: Wishes,
 }
@@ -123,9 +144,19 @@ impl Default for Policy {
             plan_after: Duration::from_secs(60),
             require_exact: true,
             measure_within: Duration::ZERO,
+            patience: Patience::default(),
             wishes: Wishes::default(),
         }
     }
+}
+
+/// Plans that were asked for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wanted {
+    /// By the operator.
+    asked: bool,
+    /// Because a node will not serve any more what it was to hold.
+    replaced: Option<NodeIndex>,
 }
 
 /// The state machine. See `Cluster::handle`.
@@ -142,82 +173,25 @@ pub struct Cluster {
     current: Option<Stage>,
     /// The plan nodes are loading; not without `current`.
     next: Option<Stage>,
-    /// Whether a plan should be made as soon as none is being loaded.
-    plan_wanted: bool,
+    /// The plan that is being made somewhere.
+    errand: Option<Errand>,
+    /// Number of the last one.
+    ticket: u64,
+    /// Newest epoch of any plan, given up or not.
+    epoch: u64,
+    /// What should be planned for, beyond what the nodes tell.
+    wanted: Wanted,
+    /// When anybody came or went last, and when a plan was made last.
+    stirred: Duration,
+    changed: Duration,
+    /// Before this no more stand-ins are looked for.
+    step_after: Duration,
+    popularity: Popularity,
+    /// When frequencies were looked at last.
+    considered: Duration,
     /// Whether `current` is an earlier router's: nobody is planned for before those who come back had the time to.
     restored: bool,
     routes: Arc<Routes>,
-}
-
-#[derive(Debug, Default)]
-struct Node {
-    link: Option<Link>,
-    note: String,
-    /// Times it sent what no correct node sends; kept over reconnects.
-    malformed: u32,
-    /// Times it was proven wrong; kept over reconnects.
-    wrong: u32,
-    /// Kept over reconnects, or a node could reconnect to be asked again.
-    heat: Heat,
-    flaps: Flaps,
-    /// It lost its connection too often, and gets no calls for now.
-    barred: bool,
-    revoked: bool,
-}
-
-impl Node {
-    fn is_quarantined(&self) -> bool {
-        self.malformed >= MALFORMED_MAX || self.wrong >= WRONG_MAX
-    }
-}
-
-/// A connection that passed the checks.
-#[derive(Debug)]
-struct Link {
-    hello: Hello,
-    /// Where it stands with `Cluster::current`.
-    current: Order,
-    /// Where it stands with `Cluster::next`.
-    next: Order,
-    /// It refused a placement. It is left out of plans until it reconnects or the operator asks for a plan;
-    /// planning with it again and again would reload the others for nothing.
-    declined: bool,
-    epoch: u64,
-    weight_bytes: u64,
-    health: Option<Health>,
-    trust: Trust,
-    speed: Speed,
-    joined: Duration,
-    measured: LinkSpeed,
-    /// It said that it is going to stop.
-    leaving: bool,
-}
-
-impl Link {
-    fn is_measured(&self) -> bool {
-        self.measured != LinkSpeed::default()
-    }
-
-    fn capacity(&self, node: NodeIndex) -> Capacity {
-        let machine = Machine { weight_mb_s: self.speed.weight_mb_s, link: self.measured };
-        Capacity { node, memory_bytes: self.hello.memory_bytes, machine }
-    }
-}
-
-/// A placement on its way to be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
-    NotSent,
-    Sent,
-    Held,
-    Refused,
-}
-
-#[derive(Debug)]
-struct Stage {
-    epoch: u64,
-    since: Duration,
-    plan: Plan,
 }
 
 impl Cluster {
@@ -230,6 +204,7 @@ impl Cluster {
     pub fn with_policy(members: Vec<Member>, facts: ModelFacts, policy: Policy) -> Cluster {
         let routes = Arc::new(Routes { table: Table::empty(&facts), ..Routes::default() });
         let nodes = members.iter().map(|_| Node::default()).collect();
+        let popularity = Popularity::even(&facts);
         Cluster {
             members,
             facts,
@@ -238,7 +213,15 @@ impl Cluster {
             nodes,
             current: None,
             next: None,
-            plan_wanted: false,
+            errand: None,
+            ticket: 0,
+            epoch: 0,
+            wanted: Wanted::default(),
+            stirred: Duration::ZERO,
+            changed: Duration::ZERO,
+            step_after: Duration::ZERO,
+            popularity,
+            considered: Duration::ZERO,
             restored: false,
             routes,
         }
@@ -249,15 +232,15 @@ impl Cluster {
     pub fn restore(&mut self, stored: Stored) {
         let Stored { epoch, plan } = stored;
         if epoch < EPOCH_MAX {
-            self.current = Some(Stage { epoch, since: Duration::ZERO, plan });
-            self.restored = true;
+            self.current = Some(Stage::restored(epoch, plan));
+            (self.epoch, self.restored) = (epoch, true);
         }
     }
 
     /// Takes in one event at time `now` (since an arbitrary start, never going back).
     ///
     /// Events about nodes outside the roster, and about connections that are gone, are ignored: events of the
-    /// network may cross. At most three actions per member and two more come back.
+    /// network may cross. At most three actions per member and three more come back.
     pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
         self.started.get_or_insert(now);
         let mut actions = Vec::new();
@@ -284,7 +267,7 @@ impl Cluster {
             Event::Lied(node, how) => self.lied(node, &how, &mut actions),
             Event::Leaving(node) => {
                 if let Some(link) = self.link(node) {
-                    link.leaving = true;
+                    link.leaving.get_or_insert(now);
                 }
             }
             Event::Linked(node, measured) => {
@@ -310,18 +293,22 @@ impl Cluster {
                 self.joined(now, (node, hello), &mut actions);
             }
             Event::Lost(node) => self.lost(now, node, &mut actions),
+            Event::Planned(proposal) => self.planned(now, *proposal, &mut actions),
+            Event::Used(counts) => {
+                self.popularity.learn(&counts);
+            }
             Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
             Event::Plan => {
-                (self.plan_wanted, self.restored) = (true, false);
-                self.nodes
-                    .iter_mut()
-                    .filter_map(|node| node.link.as_mut())
-                    .for_each(|link| link.declined = false);
+                (self.wanted.asked, self.restored) = (true, false);
+                let links = self.nodes.iter_mut().filter_map(|node| node.link.as_mut());
+                links.for_each(|link| link.declined = false);
             }
             Event::Tick => self.tick(now, &mut actions),
         }
+        self.note_absences(now);
         self.advance(now, &mut actions);
         self.refresh(&mut actions);
+        self.note_absences(now);
         actions
     }
 
@@ -367,6 +354,16 @@ impl Cluster {
         self.current.as_ref().map(|stage| stage.plan.outlook(stage.epoch, &self.facts))
     }
 
+    /// What the last change of the placement was, if there was one since the start.
+    pub fn last_change(&self) -> Option<&Change> {
+        self.current.as_ref().map(|stage| &stage.change)
+    }
+
+    /// What the change is that nodes are loading for.
+    pub fn coming_change(&self) -> Option<&Change> {
+        self.next.as_ref().map(|stage| &stage.change)
+    }
+
     /// The newest plan, in use or being loaded: what `restore` takes after a restart. Its epoch tells whether
     /// it is a new one.
     pub fn newest(&self) -> Option<Stored> {
@@ -390,13 +387,15 @@ impl Cluster {
         self.current.as_ref().map_or(all, |stage| stage.plan.unplaced())
     }
 
-    /// Whether every connected node that is part of the plan in use serves it: the cluster is as good as it
-    /// gets without another event.
+    /// Whether every connected node that is part of the plan in use serves it, and no plan is due for another one: the
+    /// cluster is as good as it gets without another event.
     pub fn settled(&self) -> bool {
         let Some(current) = &self.current else { return false };
         let loading = |link: &Link| link.current == Order::Sent;
         let part = |node| current.plan.capacity(node).is_some();
-        self.next.is_none() && !self.links().any(|(node, link)| part(node) && loading(link))
+        let waits = !self.restored && self.newcomers().next().is_some();
+        let changing = waits || self.next.is_some() || self.errand.is_some();
+        !changing && !self.links().any(|(node, link)| part(node) && loading(link))
     }
 
     /// Whether experts that are out of reach may be back soon, without a machine's return: nodes are loading them, or
@@ -415,7 +414,7 @@ impl Cluster {
             _ if entry.revoked => NodeState::Revoked,
             _ if entry.is_quarantined() => NodeState::Quarantined,
             None => NodeState::Absent,
-            Some(link) if link.leaving => NodeState::Leaving,
+            Some(link) if link.leaving.is_some() => NodeState::Leaving,
             Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
@@ -451,307 +450,18 @@ impl Cluster {
         (0..).zip(&self.nodes).filter_map(|(index, node)| Some((index, node.link.as_ref()?)))
     }
 
-    fn report(&mut self, node: NodeIndex, note: String, actions: &mut Vec<Action>) {
-        if let Some(entry) = self.nodes.get_mut(usize::from(node)) {
-            entry.note.clone_from(&note);
-            actions.push(Action::Report(node, note));
-        }
-    }
-
-    /// Why a node may not take part, with the remedy.
-    fn objection(&self, hello: &Hello) -> Option<String> {
-        if hello.model != self.facts.fingerprint {
-            let short =
-                |hash: &[u8; 32]| hash[..4].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-            return Some(format!(
-                "the node has model {}, the router serves {}: start both with the same --model and --weights",
-                short(&hello.model),
-                short(&self.facts.fingerprint),
-            ));
-        }
-        if self.policy.require_exact && !hello.exact {
-            return Some(format!(
-                "kernels '{}' do not compute the exact bits that the router promises: start the node with \
-                 --kernels exact, or the router with --kernels fastest",
-                hello.kernels
-            ));
-        }
-        (hello.held_epoch >= EPOCH_MAX).then(|| {
-            format!("the node claims to hold epoch {}, which cannot be: restart the node", hello.held_epoch)
-        })
-    }
-
-    fn joined(&mut self, now: Duration, (node, hello): (NodeIndex, Hello), actions: &mut Vec<Action>) {
-        if usize::from(node) >= self.nodes.len() {
-            return;
-        }
-        let entry = &mut self.nodes[usize::from(node)];
-        entry.link = None;
-        if entry.revoked {
-            actions.push(Action::Disconnect(node, "the operator revoked this node's key".into()));
-            return;
-        }
-        if !entry.is_quarantined() && !entry.barred {
-            entry.note.clear();
-        }
-        if let Some(reason) = self.objection(&hello) {
-            self.nodes[usize::from(node)].note.clone_from(&reason);
-            actions.push(Action::Disconnect(node, reason));
-            return;
-        }
-        let (hello, claims) = bounded(hello);
-        // Who claims what cannot be is not believed in anything: its speed is unknown.
-        let weight_mb_s =
-            if matches!(claims, Claims::Cut(_)) { Default::default() } else { hello.weight_mb_s };
-        self.outgrow(hello.held_epoch, actions);
-        let memory_bytes = hello.memory_bytes;
-        let mut link = Link {
-            speed: Speed {
-                weight_mb_s,
-                expert_bytes: self.facts.expert_bytes,
-                per_layer: 0,
-                round_trip: Duration::ZERO,
-            },
-            hello,
-            current: Order::NotSent,
-            next: Order::NotSent,
-            declined: false,
-            epoch: 0,
-            weight_bytes: 0,
-            health: None,
-            trust: Trust::default(),
-            joined: now,
-            measured: LinkSpeed::default(),
-            leaving: false,
-        };
-        // Its part of the newest plan, if that plan still fits what it has. An older plan would only be loaded
-        // to be dropped.
-        let newest = if self.next.is_some() {
-            (&self.next, &mut link.next)
-        } else {
-            (&self.current, &mut link.current)
-        };
-        match newest {
-            (Some(stage), order) if stage.plan.suits(node, memory_bytes, &self.facts) => {
-                *order = Order::Sent;
-                link.speed.per_layer = per_layer(&stage.plan, node);
-                actions.push(place(&self.facts, stage, node));
-            }
-            (None, _) => {}
-            (Some(_), _) => self.plan_wanted |= !self.nodes[usize::from(node)].is_quarantined(),
-        }
-        self.nodes[usize::from(node)].link = Some(link);
-        match claims {
-            Claims::Sound => {}
-            // Why it is left out matters more.
-            _ if self.nodes[usize::from(node)].is_quarantined() => {}
-            Claims::Unmeasured(note) => self.nodes[usize::from(node)].note = note,
-            Claims::Cut(note) => self.report(node, note, actions),
-        }
-    }
-
-    /// An earlier router's plan that is older than what a node holds was not its last. It gets an epoch beyond all, and
-    /// nodes that are here are asked again.
-    fn outgrow(&mut self, held_epoch: u64, actions: &mut Vec<Action>) {
-        let Some(stage) = self.current.as_mut().filter(|stage| self.restored && stage.epoch < held_epoch)
-        else {
-            return;
-        };
-        stage.epoch = held_epoch + 1;
-        for (node, entry) in (0..).zip(&mut self.nodes) {
-            let Some(link) = entry.link.as_mut().filter(|link| link.current != Order::NotSent) else {
-                continue;
-            };
-            link.current = Order::Sent;
-            actions.push(place(&self.facts, stage, node));
-        }
-    }
-
-    /// Its connection is gone. If that happens again and again, the routes shall not flap with it.
-    fn lost(&mut self, now: Duration, node: NodeIndex, actions: &mut Vec<Action>) {
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
-        let Some(link) = entry.link.take().filter(|link| !link.leaving) else { return };
-        drop(link);
-        let Some(pause) = entry.flaps.lost(now) else { return };
-        entry.barred = true;
-        if entry.is_quarantined() {
-            return;
-        }
-        let note =
-            format!("its connection was lost again and again; it gets no calls for {} s", pause.as_secs());
-        self.report(node, note, actions);
-    }
-
-    fn malformed(&mut self, node: NodeIndex, actions: &mut Vec<Action>) {
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
-        entry.malformed = entry.malformed.saturating_add(1);
-        if entry.malformed == MALFORMED_MAX {
-            let note = format!(
-                "sent what no correct node sends, {MALFORMED_MAX} times; it is left out until `moemesh nodes pardon`"
-            );
-            self.report(node, note, actions);
-            self.replace(node);
-        }
-    }
-
-    fn lied(&mut self, node: NodeIndex, how: &str, actions: &mut Vec<Action>) {
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
-        entry.wrong = entry.wrong.saturating_add(1);
-        if entry.wrong == WRONG_MAX {
-            self.report(node, format!("{how}; it is left out until `moemesh nodes pardon`"), actions);
-            self.replace(node);
-        }
-    }
-
-    /// Takes in a report. True if it changes who is to be asked.
-    fn heard(
-        &mut self,
-        now: Duration,
-        (node, health): (NodeIndex, Health),
-        actions: &mut Vec<Action>,
-    ) -> bool {
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return false };
-        let Some(link) = &mut entry.link else { return false };
-        let vitals = believable(health.vitals);
-        link.health = Some(Health { vitals, ..health });
-        let Some(change) = entry.heat.report(now, vitals) else { return false };
-        actions.push(Action::Report(node, change.to_string()));
-        true
-    }
-
-    /// A node will not serve any more; the others shall hold what it was to hold.
-    fn replace(&mut self, node: NodeIndex) {
-        let newest = self.next.as_ref().or(self.current.as_ref());
-        self.plan_wanted |= newest.is_some_and(|stage| stage.plan.load(node).experts > 0);
-    }
-
-    /// The operator lets a node back in. It is planned for, if the plan was made without it.
-    fn pardon(&mut self, node: NodeIndex) {
-        let newest = self.next.as_ref().or(self.current.as_ref());
-        let without = newest.is_some_and(|stage| stage.plan.capacity(node).is_none());
-        let Some(entry) = self.nodes.get_mut(usize::from(node)) else { return };
-        self.plan_wanted |= entry.is_quarantined() && entry.link.is_some() && without;
-        (entry.malformed, entry.wrong) = (0, 0);
-        entry.note.clear();
-    }
-
-    fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {
-        let is = |stage: &Option<Stage>| stage.as_ref().is_some_and(|stage| stage.epoch == placed.epoch);
-        let (current, next) = (is(&self.current), is(&self.next));
-        let Some(link) = self.link(node) else { return };
-        let order = match (current, next) {
-            (true, _) => &mut link.current,
-            (_, true) => &mut link.next,
-            _ => return,
-        };
-        if *order != Order::Sent {
-            return;
-        }
-        if placed.refusal.is_empty() {
-            *order = Order::Held;
-            link.epoch = placed.epoch;
-            link.weight_bytes = placed.weight_bytes;
-            return;
-        }
-        *order = Order::Refused;
-        link.declined = true;
-        // The others may have room for its part. It is asked again when it reconnects.
-        self.plan_wanted = true;
-        let note = format!("refused its placement: {}; its experts stay on the router", placed.refusal);
-        self.report(node, note, actions);
-    }
-
-    fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
+    /// Notes since when nodes do not do what the plan in use wants of them.
+    fn note_absences(&mut self, now: Duration) {
+        let Some(current) = &self.current else { return };
         for (index, node) in (0..).zip(&mut self.nodes) {
-            let pardoned = node.barred && !node.flaps.is_barred(now);
-            node.barred &= !pardoned;
-            if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
-                actions.push(Action::Report(index, "is tried again".into()));
-            }
+            node.note_absence(now, current.plan.capacity(index).is_some());
         }
-    }
-
-    /// Takes the next plan into use when all have answered, then makes a plan if one is due. Each at most once
-    /// per event; a plan that is due and not made now is made at a later event.
-    fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if let Some(next) = &self.next {
-            let waited = now.saturating_sub(next.since) >= SWITCH_WAIT_MAX;
-            if waited || !self.links().any(|(_, link)| link.next == Order::Sent) {
-                self.current = self.next.take();
-                for link in self.nodes.iter_mut().filter_map(|node| node.link.as_mut()) {
-                    link.current = std::mem::replace(&mut link.next, Order::NotSent);
-                }
-            }
-        }
-        if self.next.is_none() && self.plan_is_due(now) {
-            self.make_plan(now, actions);
-        }
-    }
-
-    fn plan_is_due(&self, now: Duration) -> bool {
-        let measured =
-            |link: &Link| now.saturating_sub(link.joined) >= self.policy.measure_within || link.is_measured();
-        if !self.links().all(|(_, link)| measured(link)) {
-            return false;
-        }
-        let started = self.current.is_some() && !self.restored;
-        if started || self.plan_wanted && self.current.is_none() {
-            return self.plan_wanted;
-        }
-        if self.restored && !self.plan_wanted {
-            return false;
-        }
-        let enough = match self.policy.plan_at_nodes {
-            usize::MAX => self.nodes.iter().filter(|node| !node.revoked).count(),
-            nodes => nodes,
-        };
-        let waited = now.saturating_sub(self.started.unwrap_or(now));
-        self.links().count() >= enough || waited >= self.policy.plan_after
-    }
-
-    /// Plans for the nodes that are here and did not refuse. Without any, the wish for a plan stays.
-    fn make_plan(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let willing = self.links().filter(|(node, link)| {
-            !link.declined && !link.leaving && !self.nodes[usize::from(*node)].is_quarantined()
-        });
-        let capacities: Vec<_> = willing.map(|(node, link)| link.capacity(node)).collect();
-        if capacities.is_empty() {
-            return;
-        }
-        self.plan_wanted = false;
-        let used = self.current.as_ref().map_or(0, |stage| stage.epoch);
-        let epoch = self.links().map(|(_, link)| link.hello.held_epoch).fold(used, u64::max) + 1;
-        let before = self.current.as_ref().map(|stage| &stage.plan);
-        let plan = plan(&self.facts, &capacities, &self.policy.wishes, before);
-        self.restored = false;
-        for node in plan.left_out(&self.facts).collect::<Vec<_>>() {
-            let note =
-                "would make every token slower by computing; it holds copies of others' experts at most";
-            self.report(node, note.to_owned(), actions);
-        }
-        let stage = Stage { epoch, since: now, plan };
-        let first = self.current.is_none();
-        for capacity in &capacities {
-            let Some(link) = self.link(capacity.node) else { continue };
-            *(if first { &mut link.current } else { &mut link.next }) = Order::Sent;
-            link.speed.per_layer = link.speed.per_layer.max(per_layer(&stage.plan, capacity.node));
-            actions.push(place(&self.facts, &stage, capacity.node));
-        }
-        *(if first { &mut self.current } else { &mut self.next }) = Some(stage);
     }
 
     /// Recomputes the table and reports if it changed.
     fn refresh(&mut self, actions: &mut Vec<Action>) {
         let Some(current) = &self.current else { return };
-        let serves: Vec<bool> = self
-            .nodes
-            .iter()
-            .map(|node| {
-                let serves =
-                    |link: &Link| link.current == Order::Held && !link.leaving && !link.trust.is_suspect();
-                !node.is_quarantined() && !node.barred && node.link.as_ref().is_some_and(serves)
-            })
-            .collect();
+        let serves: Vec<bool> = self.nodes.iter().map(Node::serves).collect();
         let table =
             current.plan.table.filtered(|node| serves.get(usize::from(node)).is_some_and(|serves| *serves));
         let hot =
@@ -763,15 +473,6 @@ impl Cluster {
             actions.push(Action::RoutesChanged);
         }
     }
-}
-
-fn per_layer(plan: &Plan, node: NodeIndex) -> u32 {
-    u32::try_from(plan.load(node).per_layer).unwrap_or(u32::MAX)
-}
-
-fn place(facts: &ModelFacts, stage: &Stage, node: NodeIndex) -> Action {
-    let experts = stage.plan.experts(node);
-    Action::Place(node, Placement { epoch: stage.epoch, model: facts.fingerprint, experts })
 }
 
 #[cfg(test)]

@@ -8,14 +8,16 @@
 //! of a call; answers queue for the router's link. For a prompt, calls overlap with the router's own work and only
 //! throughput counts: the busiest resource.
 //!
-//! Whole nanoseconds, so that every machine finds the same. The price: attention over a long context is left out, and
-//! experts are taken to be equally popular. Refuses to know anything of plans.
+//! Whole nanoseconds, so that every machine finds the same. Experts are drawn by
+//! how often they are wanted, where that is known. The price: attention over a long context is left out, and experts
+//! are taken to be picked independently. Refuses to know anything of plans.
 
 use mesh_wire::payload::{RowFormat, SumWidth, row_bytes};
 
 use crate::draws::{Draws, Place};
 use crate::facts::ModelFacts;
 use crate::machine::{Machine, bytes_ns, scaled};
+use crate::popularity::Popularity;
 use crate::routes::{NodeIndex, Table};
 
 /// Work of a call beside computing and the round trip of a small message: waking the worker, reading and validating
@@ -113,6 +115,8 @@ pub struct Scene<'a> {
     pub fallback_mb_s: u32,
     /// The nodes.
     pub nodes: &'a [(NodeIndex, Machine)],
+    /// How often each expert is wanted; `None` for all alike.
+    pub popularity: Option<&'a Popularity>,
 }
 
 impl Scene<'_> {
@@ -127,8 +131,9 @@ impl Scene<'_> {
         let mut calls = 0_u64;
         for draw in 0..draws {
             // The layers in turn, so that all count alike.
-            let layer = facts.moe_layers[(draw % layers) as usize];
-            drawn.pick(1, facts.top_k);
+            let slot = (draw % layers) as usize;
+            let layer = facts.moe_layers[slot];
+            drawn.pick(1, facts.top_k, self.shares(slot));
             drawn.divide(
                 (table, layer),
                 &places,
@@ -180,8 +185,9 @@ impl Scene<'_> {
         let mut sum = 0_u64;
         let draws = if layers == 0 { 0 } else { u64::from(PREFILL_DRAWS) };
         for draw in 0..draws {
-            let layer = facts.moe_layers[(draw * layers / draws) as usize];
-            drawn.pick(part_rows, facts.top_k);
+            let slot = (draw * layers / draws) as usize;
+            let layer = facts.moe_layers[slot];
+            drawn.pick(part_rows, facts.top_k, self.shares(slot));
             drawn.divide(
                 (table, layer),
                 &places,
@@ -203,6 +209,11 @@ impl Scene<'_> {
         // Of equals the first.
         let last = (0..work.len()).rev().max_by_key(|stage| work[*stage]).unwrap_or(0);
         Prefill { step_ns: layers_ns.saturating_add(head_ns).saturating_add(TOKEN_NS), cap: self.cap(last) }
+    }
+
+    /// How popular the experts of a layer are; nothing where that is not known.
+    fn shares(&self, slot: usize) -> &[u32] {
+        self.popularity.map_or(&[], |popularity| popularity.layer(slot))
     }
 
     fn draws(&self) -> Draws {

@@ -3,13 +3,17 @@
 //! The seed never changes, so the same tables are compared on the same draws, and a small difference between two of
 //! them is one of the tables and not of luck. The division is that of `router::share`, simplified: parts go, those
 //! with fewest holders first, to the place that is done with them earliest, then, while it helps, one part leaves the
-//! last place. The price: experts are picked evenly and independently, which a trained gate does only about.
+//! last place. Experts that are wanted more
+//! often are picked as much more often. The price: they are picked independently, which a trained gate does only about.
 
 use crate::machine::{Machine, bytes_ns};
 use crate::routes::{HOLDERS_MAX, NodeIndex, ROUTER, Table};
 
 /// Most moves off the last place per layer: a token has few experts.
 const MOVES_MAX: u32 = 8;
+
+/// Tries to pick an expert that is not picked yet.
+const PICKS_MAX: u32 = 32;
 
 /// A part of an expert that rows want, and who can compute it.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +56,8 @@ pub struct Draws {
     experts: Vec<u16>,
     /// By expert: rows of this draw.
     rows: Vec<u32>,
+    /// By expert: shares up to and with it.
+    upto: Vec<u64>,
     /// By `NodeIndex`: its place, 0 for nodes that are not here.
     places: Vec<u16>,
     pieces: Vec<Piece>,
@@ -75,6 +81,7 @@ impl Draws {
             dice: 0,
             experts: (0..experts).collect(),
             rows: vec![0; usize::from(experts)],
+            upto: Vec::new(),
             places,
             pieces: Vec::new(),
             loads: vec![Load::default(); count],
@@ -86,13 +93,47 @@ impl Draws {
         &self.loads
     }
 
-    /// Draws `top_k` different experts for each of `rows` rows.
-    pub fn pick(&mut self, rows: u32, top_k: u16) {
+    /// Draws `top_k` different experts for each of `rows` rows, in proportion to `shares`; without those all alike.
+    pub fn pick(&mut self, rows: u32, top_k: u16, shares: &[u32]) {
         self.rows.fill(0);
         let count = self.experts.len();
+        if shares.len() == count {
+            return self.pick_by(rows, top_k, shares);
+        }
         for _ in 0..rows {
             for at in 0..usize::from(top_k).min(count) {
                 let other = at + self.roll((count - at) as u64) as usize;
+                self.experts.swap(at, other);
+                self.rows[usize::from(self.experts[at])] += 1;
+            }
+        }
+    }
+
+    /// The same by shares: one after the other, each in proportion among all, and again if it was picked already.
+    fn pick_by(&mut self, rows: u32, top_k: u16, shares: &[u32]) {
+        let mut sum = 0;
+        self.upto.clear();
+        self.upto.extend(shares.iter().map(|share| {
+            // What was never wanted may be.
+            sum += u64::from(*share) + 1;
+            sum
+        }));
+        let count = self.experts.len();
+        for _ in 0..rows {
+            for at in 0..usize::from(top_k).min(count) {
+                let mut tries = 0;
+                let other = loop {
+                    let dice = self.roll(sum);
+                    let expert = self.upto.partition_point(|upto| *upto <= dice) as u16;
+                    let place = self.experts[at..].iter().position(|left| *left == expert);
+                    tries += 1;
+                    match place {
+                        Some(place) => break at + place,
+                        // A few experts have nearly all: any of the others.
+                        None if tries == PICKS_MAX => break at + self.roll((count - at) as u64) as usize,
+                        None => {}
+                    }
+                };
                 self.experts.swap(at, other);
                 self.rows[usize::from(self.experts[at])] += 1;
             }

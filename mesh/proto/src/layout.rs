@@ -129,12 +129,14 @@ impl Layout<'_> {
         shares
     }
 
-    /// By expert of a layer, who held it first in the previous table.
+    /// By expert of a layer, who of these nodes held it first in the previous table.
     fn owners(&self, layer: u16) -> impl Iterator<Item = Option<NodeIndex>> {
         let experts = self.previous.map_or(0, |table| table.experts(layer));
         (0..experts).map(move |expert| {
             let part = self.previous?.parts(layer, expert).first()?;
-            part.holders.as_slice().iter().copied().find(|node| *node != ROUTER)
+            // Where the first is away, whoever stood in for it.
+            let is_here = |node: &NodeIndex| self.nodes.iter().any(|known| known.node == *node);
+            part.holders.as_slice().iter().copied().find(is_here)
         })
     }
 

@@ -12,6 +12,12 @@ pub mod stored;
 
 pub mod claims;
 
+pub mod planner;
+
+pub mod tune;
+
+pub mod standin;
+
 pub mod placement;
 
 pub mod layout;
@@ -20,11 +26,15 @@ pub mod cost;
 
 pub mod draws;
 
+pub mod popularity;
+
 pub mod machine;
 
 pub mod attempts;
 
 pub mod health;
+
+pub mod changes;
 
 pub mod heat;
 

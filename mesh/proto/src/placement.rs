@@ -288,7 +288,7 @@ pub fn by_speed(facts: &ModelFacts, nodes: &[Capacity], wishes: &Wishes) -> Plan
 /// A plan with its prediction.
 fn predict(facts: &ModelFacts, nodes: Vec<Capacity>, wishes: Wishes, (table, cuts): (Table, u16)) -> Plan {
     let machines: Vec<_> = nodes.iter().map(|node| (node.node, node.machine)).collect();
-    let scene = Scene { facts, router: wishes.router, fallback_mb_s: 0, nodes: &machines };
+    let scene = Scene { facts, router: wishes.router, fallback_mb_s: 0, nodes: &machines, popularity: None };
     let predicted = scene.decode(&table, DRAWS);
     Plan { capacities: nodes, wishes, cuts, table, predicted }
 }
@@ -539,8 +539,13 @@ impl<'a> Search<'a> {
             previous: None,
         };
         let Some(table) = layout.table() else { return (outline, None) };
-        let scene =
-            Scene { facts: &self.facts, router: self.wishes.router, fallback_mb_s: 0, nodes: &self.machines };
+        let scene = Scene {
+            facts: &self.facts,
+            router: self.wishes.router,
+            fallback_mb_s: 0,
+            nodes: &self.machines,
+            popularity: None,
+        };
         let wanted = usize::from(self.wishes.copies.wanted());
         let (mut unplaced, mut parts, mut missing) = (0, 0_u64, 0_u64);
         for (_, part) in table.all() {

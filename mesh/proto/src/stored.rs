@@ -155,7 +155,7 @@ impl Stored {
             return Err(lines.wrong("the end"));
         }
         let machines: Vec<_> = capacities.iter().map(|node| (node.node, node.machine)).collect();
-        let scene = Scene { facts, router, fallback_mb_s: 0, nodes: &machines };
+        let scene = Scene { facts, router, fallback_mb_s: 0, nodes: &machines, popularity: None };
         let predicted = scene.decode(&table, DRAWS);
         Ok(Stored { epoch, plan: Plan { capacities, wishes, cuts, table, predicted } })
     }

@@ -5,17 +5,18 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_proto::cluster::{Action, Cluster, Event, NodeState, Policy};
+use mesh_proto::cluster::{Action, Cluster, Event, NodeState, Patience, Policy, Why};
 use mesh_proto::facts::{Member, ModelFacts};
-use mesh_proto::machine::Machine;
+use mesh_proto::machine;
 use mesh_proto::placement::{Copies, Wishes};
 use mesh_proto::routes::{NodeIndex, ROUTER, Routes};
 use mesh_proto::stored::Stored;
 use mesh_wire::control::{Hello, Placed};
 use mesh_wire::id::NodeId;
 
-use super::{Control, Order, Way, World};
+use super::{Control, Happening, Order, Way, World};
 use crate::dice::Dice;
+use crate::machine::Machine;
 
 #[derive(Debug)]
 struct Connection {
@@ -37,8 +38,17 @@ pub(crate) fn policy(nodes: u64, facts: &ModelFacts, dice: &mut Dice) -> Policy 
     let copies = if dice.chance(300) { Copies::Auto } else { Copies::Exactly(dice.between(1, 4) as u8) };
     let router_experts = if dice.chance(300) { dice.roll(u64::from(facts.experts) + 1) as u16 } else { 0 };
     let speed = if dice.chance(500) { dice.between(200, 4000) as u32 } else { 0 };
-    let router = Machine { weight_mb_s: [speed; 5], ..Machine::default() };
+    let router = machine::Machine { weight_mb_s: [speed; 5], ..machine::Machine::default() };
+    // Some operators are patient, some tests are not.
+    let patience = Patience {
+        steady: dice.millis(0, 2000),
+        at_latest: dice.millis(0, 10_000),
+        unserved: dice.millis(0, 5000),
+        lost: dice.millis(3000, 30_000),
+        reconsider: dice.millis(1000, 20_000),
+    };
     Policy {
+        patience,
         plan_at_nodes: 1 + dice.roll(nodes + 1) as usize,
         plan_after: dice.millis(0, 4000),
         require_exact: true,
@@ -57,6 +67,10 @@ pub(crate) struct Router {
     pub(crate) malformed: Vec<u32>,
     /// The operator waits with a new plan for the last machine.
     pub(crate) plan_when_all_are_here: bool,
+    /// Which start of the router it is: plans of an earlier one are nobody's.
+    pub(crate) life: u64,
+    /// Epoch whose change was counted.
+    seen: u64,
 }
 
 impl Router {
@@ -73,7 +87,17 @@ impl Router {
             connections: (0..nodes).map(|_| None).collect(),
             malformed: vec![0; nodes],
             plan_when_all_are_here: false,
+            life: 0,
+            seen: 0,
         }
+    }
+
+    /// A machine joins the cluster; it has yet to come.
+    pub(crate) fn admit(&mut self) {
+        let all = members(self.connections.len() + 1);
+        self.cluster.admit(all[all.len() - 1].clone());
+        self.connections.push(None);
+        self.malformed.push(0);
     }
 
     /// The connection to a node, as this side sees it.
@@ -130,7 +154,8 @@ impl Router {
                     "{node} never said it holds {}",
                     routes.epoch
                 );
-                assert_eq!(states[index], NodeState::Serving, "{key:?} is routed to {node}");
+                let fine = matches!(states[index], NodeState::Serving | NodeState::Leaving);
+                assert!(fine, "{key:?} is routed to {node}, which is {}", states[index]);
                 assert!(self.malformed[index] < mesh_proto::cluster::MALFORMED_MAX, "{node} is quarantined");
             }
         }
@@ -150,7 +175,7 @@ impl World {
             let actions: Vec<String> = actions.iter().map(brief).collect();
             self.trace.note(now, format_args!("  {told} -> {actions:?}"));
         }
-        assert!(actions.len() <= 3 * self.machines.len() + 2, "{actions:?}");
+        assert!(actions.len() <= 3 * self.machines.len() + 3, "{actions:?}");
         self.store_plan();
         let mut changed = false;
         for action in actions {
@@ -174,8 +199,13 @@ impl World {
                 }
                 Action::RoutesChanged => changed = true,
                 Action::Report(..) => {}
+                Action::Plan(task) => {
+                    let (router, delay) = (self.router.life, self.dice.millis(0, 200));
+                    self.at(delay, Happening::Planned { router, task });
+                }
             }
         }
+        self.count_change();
         let routes = self.router.cluster.routes();
         assert_eq!(
             changed,
@@ -186,11 +216,29 @@ impl World {
             self.router.check_routes(&routes);
             self.router.reported = routes;
         }
-        let here = |node: &Option<Connection>| node.is_some();
-        if self.router.plan_when_all_are_here && self.router.connections.iter().all(here) {
+        let here = |(node, machine): (&Option<Connection>, &Machine)| node.is_some() || machine.dead;
+        let mut all = self.router.connections.iter().zip(&self.machines);
+        if self.router.plan_when_all_are_here && all.all(here) {
             self.router.plan_when_all_are_here = false;
             self.handle(Event::Plan);
         }
+    }
+
+    /// Why the placement in use is another one than before.
+    fn count_change(&mut self) {
+        let Some(change) = self.router.cluster.last_change().filter(|change| change.epoch > self.router.seen)
+        else {
+            return;
+        };
+        self.router.seen = change.epoch;
+        let counted = match change.why {
+            Why::Joined => &mut self.summary.newcomers_planned,
+            Why::Lost => &mut self.summary.stand_ins,
+            Why::Leaving => &mut self.summary.handovers,
+            Why::Frequencies => &mut self.summary.tuned,
+            _ => return,
+        };
+        *counted += 1;
     }
 
     /// A new plan goes to the router's disk.
@@ -229,22 +277,30 @@ impl World {
         if self.router.plan_when_all_are_here || !cluster.settled() || cluster.next_epoch().is_some() {
             return false;
         }
+        // Both ends know of the same connection: who was replaced a moment ago is not missed yet.
+        let connected = |(machine, node): (&Machine, NodeIndex)| {
+            machine.dead || machine.connection.is_some() && machine.connection == self.router.connection(node)
+        };
+        if !self.machines.iter().zip(0..).all(connected) {
+            return false;
+        }
         // With slices more may fit, and experts of the router need no room.
-        let room: u64 =
-            self.machines.iter().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
+        let alive = || self.machines.iter().filter(|machine| !machine.dead);
+        let room: u64 = alive().map(|machine| machine.memory_bytes / self.facts.expert_bytes).sum();
+        let is_dead = |node: NodeIndex| self.machines[usize::from(node)].dead;
         let routes = cluster.routes();
         let all = routes.table.all().count() as u64;
         let held = routes.table.all().filter(|(_, part)| !part.holders.is_empty()).count() as u64;
         let states = cluster.statuses();
         let newest = cluster.newest();
         let planned = |node| newest.as_ref().is_some_and(|newest| newest.plan.capacity(node).is_some());
-        if !(0..self.machines.len() as NodeIndex).all(planned) {
+        if !(0..self.machines.len() as NodeIndex).all(|node| is_dead(node) || planned(node)) {
             return false;
         }
         let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
         let whole = routes.table.all().all(|(_, part)| (part.from, part.to) == (0, self.facts.blocks));
         let fits = if whole { held >= all.min(room) } else { held == all || room < self.experts() };
-        fits && !states.iter().any(|status| out(status.state))
+        fits && !(0..).zip(&states).any(|(node, status)| !is_dead(node) && out(status.state))
     }
 }
 
@@ -255,5 +311,6 @@ fn brief(action: &Action) -> String {
         Action::Disconnect(node, reason) => format!("disconnect {node}: {reason}"),
         Action::RoutesChanged => "routes".to_owned(),
         Action::Report(node, text) => format!("report {node}: {text}"),
+        Action::Plan(task) => format!("plan {}", task.ticket),
     }
 }

@@ -200,7 +200,7 @@ impl Question {
         let cached = router.memory_bytes == 0
             || held_nowhere(&self.facts, table) <= router.memory_bytes.saturating_sub(taken);
         let fallback_mb_s = if cached { 0 } else { DISK_MB_S };
-        Scene { facts: &self.facts, router: router.machine, fallback_mb_s, nodes }
+        Scene { facts: &self.facts, router: router.machine, fallback_mb_s, nodes, popularity: None }
     }
 
     fn cap(&self, cap: Cap) -> String {

@@ -75,7 +75,7 @@ async fn a_session_is_over_in_bounded_time_whatever_the_peer_does() {
     let (stop, start) = (Stop::new(), Instant::now());
     stop.leave();
     stop.out_of_time(Duration::from_millis(200)).await;
-    assert_eq!(start.elapsed(), LEAVING_MAX + Duration::from_millis(200));
+    assert_eq!(start.elapsed(), HANDED_OVER_MAX + LEAVING_MAX + Duration::from_millis(200));
     let (stop, start) = (Stop::new(), Instant::now());
     stop.trigger();
     stop.drained(start + LEAVING_MAX).await;

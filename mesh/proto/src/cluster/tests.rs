@@ -1,11 +1,66 @@
 //! Membership and epochs, event by event; random orders of events are in `simulation`.
 
+mod coming;
 mod simulation;
 
 use mesh_wire::control::Vitals;
 use mesh_wire::id::{ExpertKey, NodeId, Slice};
 
 use super::*;
+
+/// A cluster whose plans are made on the spot, and taken.
+#[derive(Debug)]
+struct Direct(Cluster);
+
+impl std::ops::Deref for Direct {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Direct {
+    fn deref_mut(&mut self) -> &mut Cluster {
+        &mut self.0
+    }
+}
+
+impl Direct {
+    fn new(members: Vec<Member>, facts: ModelFacts) -> Direct {
+        Direct::with_policy(members, facts, at_once())
+    }
+
+    fn with_policy(members: Vec<Member>, facts: ModelFacts, policy: Policy) -> Direct {
+        Direct(Cluster::with_policy(members, facts, policy))
+    }
+
+    fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut actions = self.0.handle(now, event);
+        // Routes change first or last of all: what is told twice is told once.
+        while let Some(at) = actions.iter().position(|action| matches!(action, Action::Plan(_))) {
+            let Action::Plan(task) = actions.remove(at) else { unreachable!() };
+            let more = self.0.handle(now, Event::Planned(Box::new(task.work())));
+            let changed = actions.contains(&Action::RoutesChanged) || more.contains(&Action::RoutesChanged);
+            actions.retain(|action| *action != Action::RoutesChanged);
+            actions.extend(more.into_iter().filter(|action| *action != Action::RoutesChanged));
+            actions.extend(changed.then_some(Action::RoutesChanged));
+        }
+        actions
+    }
+}
+
+/// Nothing is waited out.
+fn at_once() -> Policy {
+    let patience = Patience {
+        steady: Duration::ZERO,
+        at_latest: Duration::ZERO,
+        unserved: 1000 * SECOND,
+        lost: 2000 * SECOND,
+        reconsider: 3000 * SECOND,
+    };
+    Policy { patience, ..Policy::default() }
+}
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -38,8 +93,8 @@ fn members(count: u8) -> Vec<Member> {
     (0..count).map(|key| Member { id: NodeId([key; 32]), name: format!("n{key}") }).collect()
 }
 
-fn cluster(count: u8) -> Cluster {
-    Cluster::new(members(count), facts())
+fn cluster(count: u8) -> Direct {
+    Direct::new(members(count), facts())
 }
 
 fn ack(epoch: u64) -> Placed {
@@ -55,16 +110,16 @@ fn places(actions: &[Action]) -> Vec<(NodeIndex, u64, usize)> {
     actions.iter().filter_map(place).collect()
 }
 
-fn routed(cluster: &Cluster, node: NodeIndex) -> usize {
+fn routed(cluster: &Direct, node: NodeIndex) -> usize {
     cluster.routes().table.held_by(node).count()
 }
 
-fn state(cluster: &Cluster, node: NodeIndex) -> NodeState {
+fn state(cluster: &Direct, node: NodeIndex) -> NodeState {
     cluster.status(node).unwrap().state
 }
 
 /// Three nodes that serve epoch 1 with 8 experts each.
-fn serving() -> Cluster {
+fn serving() -> Direct {
     let mut cluster = cluster(3);
     for node in 0..3 {
         cluster.handle(SECOND, Event::Joined(node, hello(100)));
@@ -97,19 +152,19 @@ fn the_first_plan_waits_for_the_roster_and_experts_for_their_node() {
 
 #[test]
 fn the_first_plan_is_made_after_a_while_or_on_demand() {
-    let policy = Policy { plan_after: 5 * SECOND, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    let policy = Policy { plan_after: 5 * SECOND, ..at_once() };
+    let mut cluster = Direct::with_policy(members(3), facts(), policy);
     assert_eq!(cluster.handle(10 * SECOND, Event::Tick), []);
     assert_eq!(cluster.handle(16 * SECOND, Event::Tick), [], "nobody to plan for");
     assert_eq!(places(&cluster.handle(17 * SECOND, Event::Joined(1, hello(100)))), [(1, 1, 24)]);
 
-    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    let mut cluster = Direct::with_policy(members(3), facts(), policy);
     cluster.handle(SECOND, Event::Joined(1, hello(5)));
     assert_eq!(places(&cluster.handle(2 * SECOND, Event::Plan)), [(1, 1, 5)]);
     assert_eq!(cluster.unplaced(), 19);
 
-    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(3), facts(), policy);
+    let policy = Policy { plan_at_nodes: 2, ..at_once() };
+    let mut cluster = Direct::with_policy(members(3), facts(), policy);
     assert_eq!(cluster.handle(SECOND, Event::Joined(2, hello(100))), []);
     assert_eq!(places(&cluster.handle(SECOND, Event::Joined(0, hello(100)))), [(0, 1, 12), (2, 1, 12)]);
 }
@@ -128,8 +183,8 @@ fn nodes_that_do_not_fit_are_turned_away_with_the_remedy() {
     turned_away(Hello { exact: false, ..hello(9) }, "--kernels exact");
     turned_away(Hello { held_epoch: u64::MAX, ..hello(9) }, "restart the node");
 
-    let policy = Policy { require_exact: false, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(1), facts(), policy);
+    let policy = Policy { require_exact: false, ..at_once() };
+    let mut cluster = Direct::with_policy(members(1), facts(), policy);
     let actions = cluster.handle(SECOND, Event::Joined(0, Hello { exact: false, ..hello(9) }));
     assert_eq!(places(&actions), [(0, 1, 9)]);
 }
@@ -153,8 +208,8 @@ fn a_lost_node_is_unrouted_at_once_and_comes_back_after_it_loaded() {
 
 #[test]
 fn a_late_node_is_planned_for_while_the_old_plan_serves() {
-    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(4), facts(), policy);
+    let policy = Policy { plan_at_nodes: 2, ..at_once() };
+    let mut cluster = Direct::with_policy(members(4), facts(), policy);
     cluster.handle(SECOND, Event::Joined(0, hello(100)));
     cluster.handle(SECOND, Event::Joined(1, hello(100)));
     cluster.handle(SECOND, Event::Placed(0, ack(1)));
@@ -169,34 +224,80 @@ fn a_late_node_is_planned_for_while_the_old_plan_serves() {
     // Another one: not before this change is over.
     assert_eq!(cluster.handle(SECOND, Event::Joined(3, hello(100))), []);
     assert_eq!(cluster.routes(), old);
-    // The last one dies instead of answering.
+    // The last one dies instead of answering: what it held is lost in either plan. It keeps its place in the next.
     let actions = cluster.handle(SECOND, Event::Lost(1));
-    assert_eq!(places(&actions), [(0, 42, 8), (2, 42, 8), (3, 42, 8)]);
+    assert_eq!(places(&actions), [(0, 42, 6), (2, 42, 6), (3, 42, 6)]);
     assert_eq!(actions.last(), Some(&Action::RoutesChanged));
     assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 2)), (41, 8, 8));
-    // It comes back in the middle of that change and is part of neither: a third plan follows.
-    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(1, hello(100)))), []);
-    for node in [0, 2] {
+    assert_eq!(cluster.last_change().unwrap().nodes, [2]);
+    // It comes back in the middle of that change, with what it held before.
+    let back = Hello { held_epoch: 41, ..hello(100) };
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(1, back))), [(1, 41, 8), (1, 42, 6)]);
+    assert_eq!(cluster.handle(SECOND, Event::Placed(1, ack(41))), [Action::RoutesChanged]);
+    assert_eq!(routed(&cluster, 1), 8);
+    for node in [0, 1, 2] {
         assert_eq!(cluster.handle(SECOND, Event::Placed(node, ack(42))), []);
     }
-    let actions = cluster.handle(SECOND, Event::Placed(3, ack(42)));
-    assert_eq!(places(&actions), [(0, 43, 6), (1, 43, 6), (2, 43, 6), (3, 43, 6)]);
-    assert_eq!((cluster.epoch(), routed(&cluster, 3)), (42, 8));
+    assert_eq!(cluster.handle(SECOND, Event::Placed(3, ack(42))), [Action::RoutesChanged]);
+    assert_eq!((cluster.epoch(), routed(&cluster, 1), routed(&cluster, 3)), (42, 6, 6));
+    let change = cluster.last_change().unwrap();
+    assert_eq!((change.epoch, change.why, &change.nodes[..]), (42, Why::Joined, &[3][..]));
+    assert!(change.before_ns.is_some() && change.moved_bytes >= 600);
+}
+
+#[test]
+fn a_plan_that_would_lose_experts_is_given_up() {
+    let policy = Policy { plan_at_nodes: 2, ..at_once() };
+    let mut cluster = Direct::with_policy(members(3), facts(), policy);
+    for node in [0, 1] {
+        cluster.handle(SECOND, Event::Joined(node, hello(100)));
+    }
+    for node in [0, 1] {
+        cluster.handle(SECOND, Event::Placed(node, ack(1)));
+    }
+    let old = cluster.routes();
+    assert_eq!(places(&cluster.handle(SECOND, Event::Joined(2, hello(100)))).len(), 3);
+    cluster.handle(SECOND, Event::Placed(0, ack(2)));
+    cluster.handle(SECOND, Event::Lost(2));
+    // The new one died, and the others were to give it a third of theirs. They go back to what they hold.
+    let actions = cluster.handle(SECOND, Event::Placed(1, ack(2)));
+    assert_eq!(places(&actions), [(0, 1, 12), (1, 1, 12)]);
+    assert_eq!((cluster.next_epoch(), cluster.settled()), (None, true));
+    assert!(Arc::ptr_eq(&old, &cluster.routes()), "as if nothing had been");
+    // The next plan has another number: some may still hold the old one.
+    assert_eq!(
+        places(&cluster.handle(SECOND, Event::Joined(2, hello(100)))),
+        [(0, 3, 8), (1, 3, 8), (2, 3, 8)]
+    );
 }
 
 #[test]
 fn a_node_that_never_answers_its_placement_holds_back_a_plan_for_a_while_only() {
-    let policy = Policy { plan_at_nodes: 1, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(2), facts(), policy);
+    let policy = Policy { plan_at_nodes: 1, ..at_once() };
+    let mut cluster = Direct::with_policy(members(2), facts(), policy);
     cluster.handle(SECOND, Event::Joined(0, hello(100)));
     cluster.handle(SECOND, Event::Placed(0, ack(1)));
     cluster.handle(SECOND, Event::Joined(1, hello(100)));
     cluster.handle(SECOND, Event::Placed(0, ack(2)));
     assert_eq!(cluster.handle(SWITCH_WAIT_MAX, Event::Tick), []);
+    let actions = cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Tick);
+    assert!(matches!(&actions[..], [Action::Place(0, _), Action::Report(1, _)]), "{actions:?}");
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (1, 24, 0));
+    assert_eq!((state(&cluster, 1), cluster.settled()), (NodeState::Refused, true));
+    assert_eq!(cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Placed(1, ack(2))), [], "too late");
+    assert_eq!(places(&cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Plan)), [(0, 3, 12), (1, 3, 12)]);
+    // Where nothing is lost by it, the plan comes into use without the slow one, who may still come.
+    let policy =
+        Policy { wishes: Wishes { copies: crate::placement::Copies::Exactly(2), ..policy.wishes }, ..policy };
+    let mut cluster = Direct::with_policy(members(2), facts(), policy);
+    cluster.handle(SECOND, Event::Joined(0, hello(100)));
+    cluster.handle(SECOND, Event::Placed(0, ack(1)));
+    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Placed(0, ack(2)));
     assert_eq!(cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Tick), [Action::RoutesChanged]);
-    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (2, 12, 0));
+    assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (2, 24, 0));
     assert_eq!(cluster.handle(SECOND + SWITCH_WAIT_MAX, Event::Placed(1, ack(2))), [Action::RoutesChanged]);
-    assert_eq!(routed(&cluster, 1), 12);
+    assert_eq!(routed(&cluster, 1), 24);
 }
 
 #[test]
@@ -312,6 +413,18 @@ fn a_node_that_sends_nonsense_is_left_out_until_it_is_pardoned() {
     assert_ne!(state(&cluster, 1), NodeState::Quarantined);
 }
 
+/// Three nodes that serve epoch 1, with no room for more than their 8 experts.
+fn full() -> Direct {
+    let mut cluster = cluster(3);
+    for node in 0..3 {
+        cluster.handle(SECOND, Event::Joined(node, hello(8)));
+    }
+    for node in 0..3 {
+        cluster.handle(SECOND, Event::Placed(node, ack(1)));
+    }
+    cluster
+}
+
 #[test]
 fn a_node_that_was_proven_wrong_is_left_out_at_once_until_it_is_pardoned() {
     let mut cluster = serving();
@@ -363,12 +476,16 @@ fn a_hot_node_is_spared_while_it_serves_and_routed_all_the_same() {
 }
 
 #[test]
-fn a_node_that_leaves_gets_no_more_calls() {
-    let mut cluster = serving();
-    assert_eq!(cluster.handle(SECOND, Event::Leaving(1)), [Action::RoutesChanged]);
+fn a_node_that_leaves_gets_no_more_calls_where_nobody_can_take_over() {
+    let mut cluster = full();
+    let actions = cluster.handle(SECOND, Event::Leaving(1));
+    // It is told that it may go.
+    assert_eq!(places(&actions), [(1, 1, 0)]);
+    assert_eq!(actions.last(), Some(&Action::RoutesChanged));
     assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Leaving, 0));
+    assert_eq!(cluster.handle(SECOND, Event::Leaving(1)), [], "said twice");
     cluster.handle(SECOND, Event::Lost(1));
-    cluster.handle(SECOND, Event::Joined(1, hello(100)));
+    cluster.handle(SECOND, Event::Joined(1, hello(8)));
     cluster.handle(SECOND, Event::Placed(1, ack(1)));
     assert_eq!((state(&cluster, 1), routed(&cluster, 1)), (NodeState::Serving, 8));
 }
@@ -408,9 +525,9 @@ fn a_machine_that_is_admitted_later_takes_part() {
 }
 
 /// A loss and a return of `node`, its part loaded.
-fn flap(cluster: &mut Cluster, node: NodeIndex, now: Duration) -> Vec<Action> {
+fn flap(cluster: &mut Direct, node: NodeIndex, now: Duration) -> Vec<Action> {
     let actions = cluster.handle(now, Event::Lost(node));
-    cluster.handle(now, Event::Joined(node, hello(100)));
+    cluster.handle(now, Event::Joined(node, hello(8)));
     cluster.handle(now, Event::Placed(node, ack(1)));
     actions
 }
@@ -441,7 +558,7 @@ fn a_node_that_flaps_gets_no_calls_for_a_while_and_the_routes_stay() {
 
 #[test]
 fn a_node_that_says_it_leaves_does_not_flap() {
-    let mut cluster = serving();
+    let mut cluster = full();
     for second in 1..6 {
         cluster.handle(second * SECOND, Event::Leaving(1));
         flap(&mut cluster, 1, second * SECOND);
@@ -461,7 +578,7 @@ fn a_measured_link_counts_before_there_is_history() {
 #[test]
 fn a_node_that_claims_what_no_machine_has_is_counted_as_an_ordinary_one_and_that_is_said() {
     let large = ModelFacts { expert_bytes: 10_000_000, top_k: 8, ..facts() };
-    let mut cluster = Cluster::new(members(2), large);
+    let mut cluster = Direct::new(members(2), large);
     let greedy = Hello { memory_bytes: u64::MAX, weight_mb_s: [u32::MAX; 5], ..hello(0) };
     let honest = Hello { memory_bytes: 1 << 40, weight_mb_s: [20_000; 5], ..hello(0) };
     let actions = cluster.handle(SECOND, Event::Joined(0, greedy));
@@ -478,10 +595,11 @@ fn a_node_that_claims_what_no_machine_has_is_counted_as_an_ordinary_one_and_that
 }
 
 /// A cluster whose router starts again with the plan of `serving`, of epoch 1.
-fn restarted(plan_at_nodes: usize) -> Cluster {
+fn restarted(plan_at_nodes: usize) -> Direct {
     let stored = serving().newest().unwrap();
-    let policy = Policy { plan_at_nodes, plan_after: 60 * SECOND, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(4), facts(), policy);
+    let patience = Patience { unserved: SECOND, ..at_once().patience };
+    let policy = Policy { plan_at_nodes, plan_after: 60 * SECOND, patience, ..Policy::default() };
+    let mut cluster = Direct::with_policy(members(4), facts(), policy);
     cluster.restore(stored);
     cluster
 }
@@ -532,10 +650,10 @@ fn without_those_who_are_gone_a_new_node_is_planned_for_after_a_while() {
 
 #[test]
 fn a_plan_waits_for_links_to_be_measured_but_not_for_long() {
-    let policy = Policy { measure_within: SECOND, plan_at_nodes: 2, ..Policy::default() };
+    let policy = Policy { measure_within: SECOND, plan_at_nodes: 2, ..at_once() };
     let linked = |node| Event::Linked(node, LinkSpeed { round_trip_us: 200, mb_s: 100 });
     let joined = || {
-        let mut cluster = Cluster::with_policy(members(2), facts(), policy);
+        let mut cluster = Direct::with_policy(members(2), facts(), policy);
         cluster.handle(SECOND, Event::Joined(0, hello(100)));
         assert_eq!(cluster.handle(SECOND, Event::Joined(1, hello(100))), []);
         assert_eq!(cluster.handle(SECOND, linked(1)), []);
@@ -551,8 +669,8 @@ fn a_plan_waits_for_links_to_be_measured_but_not_for_long() {
 #[test]
 fn a_node_that_makes_it_slower_is_told_so() {
     let large = ModelFacts { expert_bytes: 10_000_000, top_k: 8, ..facts() };
-    let policy = Policy { plan_at_nodes: 2, ..Policy::default() };
-    let mut cluster = Cluster::with_policy(members(2), large, policy);
+    let policy = Policy { plan_at_nodes: 2, ..at_once() };
+    let mut cluster = Direct::with_policy(members(2), large, policy);
     let with = |mb_s| Hello { memory_bytes: 1 << 40, weight_mb_s: [mb_s; 5], ..hello(0) };
     cluster.handle(SECOND, Event::Joined(0, with(20_000)));
     let actions = cluster.handle(SECOND, Event::Joined(1, with(500)));

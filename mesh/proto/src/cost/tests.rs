@@ -38,7 +38,8 @@ fn table(facts: &ModelFacts, holders: impl Fn(u16) -> Vec<NodeIndex>) -> Table {
 }
 
 fn decode(facts: &ModelFacts, nodes: &[(NodeIndex, Machine)], table: &Table) -> Decode {
-    Scene { facts, router: machine(1000, 0, 0), fallback_mb_s: 0, nodes }.decode(table, DRAWS)
+    Scene { facts, router: machine(1000, 0, 0), fallback_mb_s: 0, nodes, popularity: None }
+        .decode(table, DRAWS)
 }
 
 /// What the router needs for itself, with so many calls per token.
@@ -66,7 +67,13 @@ fn one_place_reads_all_bytes_of_a_token() {
 #[test]
 fn what_nobody_holds_is_read_by_the_router_from_its_files() {
     let facts = facts(16, 4);
-    let scene = Scene { facts: &facts, router: machine(1000, 0, 0), fallback_mb_s: 100, nodes: &[] };
+    let scene = Scene {
+        facts: &facts,
+        router: machine(1000, 0, 0),
+        fallback_mb_s: 100,
+        nodes: &[],
+        popularity: None,
+    };
     let empty = table(&facts, |_| vec![]);
     assert_eq!(scene.decode(&empty, DRAWS).experts_ns, 12 * 10_000_000);
     assert_eq!(scene.decode(&table(&facts, |_| vec![ROUTER]), DRAWS).experts_ns, 12_000_000);
@@ -125,8 +132,14 @@ fn a_prompt_is_as_fast_as_its_busiest_resource() {
     let placed = table(&facts, |expert| vec![expert % 2]);
     let step = |router: u32, nodes: [Machine; 2], rows| {
         let nodes = [(0, nodes[0]), (1, nodes[1])];
-        Scene { facts: &facts, router: machine(router, 0, 0), fallback_mb_s: 0, nodes: &nodes }
-            .prefill(&placed, rows)
+        Scene {
+            facts: &facts,
+            router: machine(router, 0, 0),
+            fallback_mb_s: 0,
+            nodes: &nodes,
+            popularity: None,
+        }
+        .prefill(&placed, rows)
     };
     let (fast, slow) = (machine(1_000_000, 100, 100_000), machine(100, 100, 100_000));
     assert_eq!(step(1, [fast, fast], 256).cap, Cap::Router);

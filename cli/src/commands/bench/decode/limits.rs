@@ -63,7 +63,7 @@ pub(super) fn predicted_alone(facts: &ModelFacts, weight_mb_s: [u32; ROWS.len()]
         table.set_layer(*layer, (0..facts.experts).map(|_| here));
     }
     let router = Machine { weight_mb_s, ..Machine::default() };
-    let scene = Scene { facts, router, fallback_mb_s: 0, nodes: &[] };
+    let scene = Scene { facts, router, fallback_mb_s: 0, nodes: &[], popularity: None };
     let token_ns = scene.decode(&table, DRAWS).token_ns;
     (weight_mb_s[0] > 0).then(|| 1e9 / token_ns.max(1) as f64)
 }

@@ -39,7 +39,7 @@ struct World {
     seed: u64,
     dice: Dice,
     now: Duration,
-    cluster: Cluster,
+    cluster: Direct,
     peers: Vec<Peer>,
     epoch: u64,
     reported: Arc<Routes>,
@@ -50,12 +50,20 @@ impl World {
         let mut dice = Dice(seed);
         let count = 1 + dice.roll(5) as u8;
         let facts = ModelFacts { moe_layers: vec![0, 2, 3], experts: 1 + dice.roll(10) as u16, ..facts() };
+        let patience = Patience {
+            steady: SECOND / 10 * dice.roll(20) as u32,
+            at_latest: SECOND * dice.roll(10) as u32,
+            unserved: SECOND * dice.roll(20) as u32,
+            lost: SECOND * dice.roll(60) as u32,
+            reconsider: SECOND * dice.roll(60) as u32,
+        };
         let policy = Policy {
+            patience,
             plan_at_nodes: 1 + dice.roll(6) as usize,
             plan_after: SECOND * dice.roll(20) as u32,
-            ..Policy::default()
+            ..at_once()
         };
-        let cluster = Cluster::with_policy(members(count), facts, policy);
+        let cluster = Direct::with_policy(members(count), facts, policy);
         let peers = (0..count).map(|_| Peer { memory: dice.roll(20), ..Peer::default() }).collect();
         World { seed, dice, now: SECOND, reported: cluster.routes(), cluster, peers, epoch: 0 }
     }
@@ -63,7 +71,8 @@ impl World {
     fn step(&mut self, event: Event) {
         let seed = self.seed;
         let actions = self.cluster.handle(self.now, event.clone());
-        assert!(actions.len() <= 3 * self.peers.len() + 2, "seed {seed}: {event:?} gave {actions:?}");
+        // Twice, as plans come back at once here.
+        assert!(actions.len() <= 2 * (3 * self.peers.len() + 3), "seed {seed}: {event:?} gave {actions:?}");
         let mut changed = false;
         for action in actions {
             match action {
@@ -76,7 +85,7 @@ impl World {
                 }
                 Action::Disconnect(node, _) => self.peers[usize::from(node)].connected = false,
                 Action::RoutesChanged => changed = true,
-                Action::Report(..) => {}
+                Action::Report(..) | Action::Plan(_) => {}
             }
         }
         let routes = self.cluster.routes();
@@ -186,7 +195,9 @@ impl World {
                 self.join(node);
             }
         }
-        // Every refusal is forgotten by this, so that nobody is left out.
+        // Nobody is barred any more, and every refusal is forgotten, so that nobody is left out.
+        self.now += crate::health::PAUSE_MAX;
+        self.step(Event::Tick);
         self.step(Event::Plan);
         let mut rounds = 0;
         while self.peers.iter().any(|peer| !peer.orders.is_empty()) {

@@ -1,0 +1,183 @@
+//! A plan as a piece of work: taken away from the network's thread, done anywhere, and judged when it comes back.
+//!
+//! Planning for many nodes takes longer than a token, so the cluster's logic hands out what is to be planned (`Task`),
+//! with copies of all that it depends on, and goes on; what comes back (`Proposal`) it takes only if those it was
+//! made for are still there. The work itself is a function of the task: the same task gives the same proposal on
+//! every machine. Refuses to know when anything is planned, or whether a proposal is taken.
+
+use std::fmt;
+
+use crate::cost::{DRAWS, Decode, NodeUse, Scene};
+use crate::facts::ModelFacts;
+use crate::machine::Capacity;
+use crate::placement::{Plan, Wishes, plan};
+use crate::popularity::Popularity;
+use crate::routes::NodeIndex;
+use crate::standin::{Loss, open_parts, stand_in};
+use crate::tune::{GAIN_MIN, MOVE_MAX, tuned};
+
+/// What is to be planned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// A placement for these nodes, little different from the one before.
+    Anew(Vec<Capacity>),
+    /// Stand-ins for nodes that are away.
+    StandIns(Loss),
+    /// The same placement, better suited to what is wanted of it.
+    Tune,
+}
+
+/// See the module.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Task {
+    /// Which it is; the proposal carries it back.
+    pub ticket: u64,
+    /// The model.
+    pub facts: ModelFacts,
+    /// What the operator wants.
+    pub wishes: Wishes,
+    /// The placement in use.
+    pub before: Option<Plan>,
+    /// The nodes that serve it.
+    pub serving: Vec<NodeIndex>,
+    /// What is wanted how often, as far as it is known.
+    pub popularity: Option<Popularity>,
+    /// What to do.
+    pub work: Work,
+}
+
+/// Its number and kind: the rest is a table of thousands of experts.
+impl fmt::Debug for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Task({}, {:?})", self.ticket, self.work)
+    }
+}
+
+/// What comes back.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Proposal {
+    /// Of the task.
+    pub ticket: u64,
+    /// The plan; `None` where nothing can be made better.
+    pub plan: Option<Plan>,
+    /// Nanoseconds of a token predicted of what was.
+    pub before_ns: Option<u64>,
+    /// Bytes that nodes have to get.
+    pub moved_bytes: u64,
+    /// Whether more could be done in another step.
+    pub more: bool,
+}
+
+/// Its number, and whether there is a plan.
+impl fmt::Debug for Proposal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plan = if self.plan.is_some() { "a plan" } else { "nothing" };
+        write!(f, "Proposal({}, {plan}, {} bytes)", self.ticket, self.moved_bytes)
+    }
+}
+
+impl Task {
+    /// Does it. Takes as long as `placement::plan`.
+    pub fn work(&self) -> Proposal {
+        let before = self.before.as_ref();
+        let before_ns = before.map(|plan| self.predicted(plan, &self.serving).token_ns);
+        let nothing = Proposal { ticket: self.ticket, plan: None, before_ns, moved_bytes: 0, more: false };
+        match &self.work {
+            Work::Anew(nodes) => self.anew(nodes, nothing),
+            Work::StandIns(loss) => before.map_or(nothing.clone(), |plan| self.stand_in(plan, loss, nothing)),
+            Work::Tune => before.map_or(nothing.clone(), |plan| self.tune(plan, nothing)),
+        }
+    }
+
+    fn anew(&self, nodes: &[Capacity], nothing: Proposal) -> Proposal {
+        let mut plan = plan(&self.facts, nodes, &self.wishes, self.before.as_ref());
+        if let Some(popularity) = &self.popularity {
+            plan.table = tuned(&self.facts, &plan, popularity, MOVE_MAX);
+            plan.predicted = self.predicted(&plan, &members(&plan));
+        }
+        let moved_bytes = self.moved_bytes(&plan);
+        Proposal { plan: Some(plan), moved_bytes, ..nothing }
+    }
+
+    fn stand_in(&self, before: &Plan, loss: &Loss, nothing: Proposal) -> Proposal {
+        let stood_in = stand_in(&self.facts, before, loss, self.popularity.as_ref());
+        if stood_in.open > 0 && !stood_in.more {
+            // Cut in another way, or with fewer copies of the rest, there may be room for all.
+            let anew = self.anew(&loss.able, nothing.clone());
+            let open = |plan: &Plan| open_parts(&plan.table, &loss.out);
+            let parts = |plan: &Plan| plan.table.all().count().max(1);
+            // Parts may be of other sizes: shares of all are compared.
+            let fewer = |plan: &Plan| open(plan) * parts(before) < stood_in.open * parts(plan);
+            if anew.plan.as_ref().is_some_and(fewer) {
+                return anew;
+            }
+        }
+        if stood_in.moved_bytes == 0 {
+            return Proposal { more: stood_in.more, ..nothing };
+        }
+        let mut plan = Plan { table: stood_in.table, ..before.clone() };
+        let mut present = members(&plan);
+        present.retain(|node| !loss.out.contains(node));
+        plan.predicted = self.predicted(&plan, &present);
+        Proposal { plan: Some(plan), moved_bytes: stood_in.moved_bytes, more: stood_in.more, ..nothing }
+    }
+
+    fn tune(&self, before: &Plan, nothing: Proposal) -> Proposal {
+        let Some(popularity) = &self.popularity else { return nothing };
+        let mut plan = Plan { table: tuned(&self.facts, before, popularity, MOVE_MAX), ..before.clone() };
+        plan.predicted = self.predicted(&plan, &members(&plan));
+        let now = nothing.before_ns.unwrap_or(0);
+        let better = u128::from(plan.predicted.token_ns) * 100 < u128::from(now) * u128::from(100 - GAIN_MIN);
+        if !better {
+            return nothing;
+        }
+        let moved_bytes = self.moved_bytes(&plan);
+        Proposal { plan: Some(plan), moved_bytes, ..nothing }
+    }
+
+    /// What a token takes if only these nodes are there; `nodes` as in the plan's capacities.
+    fn predicted(&self, plan: &Plan, present: &[NodeIndex]) -> Decode {
+        let is_here = |capacity: &&Capacity| present.contains(&capacity.node);
+        let machines: Vec<_> =
+            plan.capacities.iter().filter(is_here).map(|node| (node.node, node.machine)).collect();
+        let scene = Scene {
+            facts: &self.facts,
+            router: plan.wishes.router,
+            fallback_mb_s: 0,
+            nodes: &machines,
+            popularity: self.popularity.as_ref(),
+        };
+        let mut decode = scene.decode(&plan.table, DRAWS);
+        let mut used = std::mem::take(&mut decode.nodes).into_iter();
+        let all = plan.capacities.iter();
+        decode.nodes = all
+            .map(|node| if is_here(&node) { used.next().unwrap_or_default() } else { NodeUse::default() })
+            .collect();
+        decode
+    }
+
+    /// Bytes that nodes hold by a plan and did not by the one before.
+    fn moved_bytes(&self, plan: &Plan) -> u64 {
+        let held = |layer: u16, expert: u16, node: NodeIndex, (from, to): (u16, u16)| {
+            let before = self.before.iter().flat_map(|plan| plan.table.parts(layer, expert));
+            before.filter(|part| part.holders.contains(node)).any(|part| part.from <= from && to <= part.to)
+        };
+        let mut bytes = 0_u64;
+        for (key, part) in plan.table.all() {
+            for node in part.holders.as_slice() {
+                let is_node = *node != crate::routes::ROUTER;
+                if is_node && !held(key.layer, key.expert, *node, (part.from, part.to)) {
+                    bytes = bytes.saturating_add(self.facts.slice_bytes(part.from, part.to));
+                }
+            }
+        }
+        bytes
+    }
+}
+
+fn members(plan: &Plan) -> Vec<NodeIndex> {
+    plan.capacities.iter().map(|capacity| capacity.node).collect()
+}
+
+#[cfg(test)]
+mod tests;
