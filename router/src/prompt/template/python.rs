@@ -13,6 +13,9 @@ const DEPTH_MAX: usize = 200;
 /// Longest JSON in bytes: as long as a whole rendering may become. A list can claim a hundred million items.
 const JSON_BYTES_MAX: usize = super::OUTPUT_BYTES_MAX;
 
+/// Appends one item of a list or an object.
+type WriteItem<'a> = dyn Fn(&Value, &mut String) -> Result<(), Error> + 'a;
+
 /// `repr(value)`: the shortest digits that read back the same, scientific from 1e16 and below 1e-4.
 pub(super) fn float(value: f64) -> String {
     if value.is_nan() {
@@ -94,7 +97,7 @@ impl JsonStyle {
     fn enclose(
         &self,
         [open, close]: [char; 2],
-        (items, write): (impl Iterator<Item = Value>, &dyn Fn(&Value, &mut String) -> Result<(), Error>),
+        (items, write): (impl Iterator<Item = Value>, &WriteItem<'_>),
         depth: usize,
         output: &mut String,
     ) -> Result<(), Error> {
