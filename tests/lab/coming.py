@@ -116,7 +116,7 @@ def storm(lab: Lab, result: Result) -> None:
         moved = epochs(cluster) - stands
         changes = stands - last
         came = sum(cluster.node(name)["connections"] for name in cluster.nodes if name.startswith("guest-"))
-        serve = all(cluster.serves(f"guest-{machine}") for machine, is_here in here.items() if is_here)
+        states = [cluster.node(f"guest-{machine}")["state"] for machine, is_here in here.items() if is_here]
     result.runs += 1
     result.judge(stories)
     began_at = min(story.began for story in stories)
@@ -125,8 +125,9 @@ def storm(lab: Lab, result: Result) -> None:
         f"{STORM_EVENTS} events, {came} connections, {changes} placements, stall {stall:.0f} ms", stall_ms=stall, came=came
     )
     result.target_met(came >= STORM_EVENTS // 3, f"only {came} connections: that is no storm")
-    result.target_met(serve, "machines that stayed do not serve")
-    result.target_met(1 <= changes <= 1 + STORM_S / 10, f"{changes} placements")
+    # Whoever was killed three times in a minute is let in with a pause (`suspect`).
+    result.target_met(all(state in ("serving", "suspect") for state in states), f"machines that stayed are {states}")
+    result.target_met(1 <= changes <= STORM_EVENTS // 2, f"{changes} placements")
     result.target_met(calm, "5 s after the last event something is still being loaded")
     result.target_met(moved == 0, f"{moved} changes later than 5 s after the last event")
     lab.discard()
