@@ -39,7 +39,7 @@ SOCKETS_MAX = 16 + 64
 # It rests 10 s after a flood, then twice as long.
 RESTS_S = 60.0
 FUZZ_S = 20
-FUZZ_KIB = 64 << 10
+FUZZ_KIB = 32 << 10
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
@@ -398,23 +398,23 @@ class Plain(threading.Thread):
                 self.count["datagrams"] += 1
         for port in (DISCOVERY_PORT, HTTP_PORT):
             with contextlib.suppress(OSError):
-                self.send(port, self.next(self.inputs))
+                self.send(port, self.next(self.inputs), 0.02)
                 self.count["TCP"] += 1
         body = self.next(self.bodies)
-        path = self.chance.choice(["/v1/chat/completions", "/v1/completions", "/v1/models", "/api/v1/nodes", "/metrics"])
+        path = self.chance.choice(["/v1/chat/completions", "/v1/completions"] * 4 + ["/v1/models", "/api/v1/nodes", "/metrics"])
         head = [f"POST {path} HTTP/1.1", "Host: router", f"Authorization: Bearer {KEY}", "Content-Type: application/json"]
         head += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
         with contextlib.suppress(OSError):
-            answer = self.send(HTTP_PORT, "\r\n".join(head).encode() + body)
+            answer = self.send(HTTP_PORT, "\r\n".join(head).encode() + body, 0.2)
             self.count["HTTP"] += 1
             status = answer[9:12].decode("latin-1") or "no answer"
             self.statuses[status] = self.statuses.get(status, 0) + 1
 
-    def send(self, port: int, text: bytes) -> bytes:
-        """What is said at once to these bytes; nobody waits for the rest."""
+    def send(self, port: int, text: bytes, seconds: float) -> bytes:
+        """What is said to these bytes within this time; nobody waits for the rest."""
         with self.lab.lan.connect(ROGUE, "router", port, 2.0) as stream:
             stream.sendall(text)
-            ready, _, _ = select.select([stream], [], [], 0.2)
+            ready, _, _ = select.select([stream], [], [], seconds)
             return stream.recv(4096) if ready else b""
 
 
