@@ -7,8 +7,10 @@ use std::time::Duration;
 use mesh_net::identity::Identity;
 use mesh_net::membership::Membership;
 use mesh_net::tls;
-use mesh_wire::frame::ALPN;
+use mesh_wire::buffer::Pool;
+use mesh_wire::frame::{ALPN, HEADER_BYTES, Header, Op};
 use mesh_wire::id::NodeId;
+use mesh_wire::weights::Weights;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectionError, Endpoint, TransportConfig, crypto};
 
@@ -94,6 +96,30 @@ impl Who {
         let mut endpoint = Endpoint::client(here).map_err(|error| error.to_string())?;
         endpoint.set_default_client_config(config);
         Ok(endpoint)
+    }
+}
+
+impl Who {
+    /// Fingerprint of the model that the router at this address serves, as it tells its members.
+    pub(crate) async fn model(&self, router: SocketAddr) -> Result<[u8; 32], String> {
+        let say = |error: &dyn std::fmt::Display| error.to_string();
+        let endpoint = self.endpoint(Protocol::Weights, None)?;
+        let connecting = endpoint.connect(router, "moemesh").map_err(|error| say(&error))?;
+        let connection = connecting.await.map_err(|error| say(&error))?;
+        let (mut send, mut recv) = connection.open_bi().await.map_err(|error| say(&error))?;
+        let pool = Pool::new(1 << 20);
+        let question = Weights::AskCatalogue { port: 0 }.encode(&pool).map_err(|error| say(&error))?;
+        send.write_all(question.frame()).await.map_err(|error| say(&error))?;
+        let mut header = [0; HEADER_BYTES];
+        recv.read_exact(&mut header).await.map_err(|error| say(&error))?;
+        let header = Header::parse(header, &[Op::Catalogue]).map_err(|error| say(&error))?;
+        let mut answer = pool.take(header).map_err(|error| say(&error))?;
+        recv.read_exact(answer.body_mut()).await.map_err(|error| say(&error))?;
+        connection.close(0_u32.into(), b"");
+        match Weights::decode(&answer).map_err(|error| say(&error))? {
+            Weights::Catalogue(catalogue) => Ok(catalogue.fingerprint),
+            _ => Err("no catalogue".to_owned()),
+        }
     }
 }
 

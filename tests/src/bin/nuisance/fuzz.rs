@@ -54,6 +54,7 @@ struct Seen {
 #[derive(Debug)]
 struct Feed {
     inputs: Vec<Vec<u8>>,
+    hello: Vec<u8>,
     dice: Mutex<Dice>,
     seen: Mutex<Seen>,
 }
@@ -114,8 +115,12 @@ pub(crate) async fn run(options: &Options) -> Result<Value, String> {
         return Err(format!("no inputs in {}", options.corpus.display()));
     }
     let (dice, seen) = (Mutex::new(Dice::new(options.seed)), Mutex::default());
-    let feed = Arc::new(Feed { inputs, dice, seen });
     let who = Who::of(options)?;
+    let hello = match options.protocol {
+        Protocol::Mesh => hello(who.model(options.to).await?).ok_or("no hello can be made")?,
+        Protocol::Join | Protocol::Weights => Vec::new(),
+    };
+    let feed = Arc::new(Feed { inputs, hello, dice, seen });
     let until = Instant::now() + options.seconds;
     let mut places = JoinSet::new();
     for _ in 0..options.places {
@@ -172,8 +177,7 @@ async fn control(feed: &Arc<Feed>, connection: &Connection) {
     let Ok((mut send, mut recv)) = connection.open_bi().await else { return };
     let introduces = feed.dice().below(4) != 0;
     if introduces {
-        let Some(hello) = hello() else { return };
-        if send.write_all(&hello).await.is_err() {
+        if send.write_all(&feed.hello).await.is_err() {
             return;
         }
     }

@@ -41,9 +41,9 @@ const QUESTION_BYTES: usize = 1 << 20;
 const HELLO: &[u8] = b"\x13/multistream/1.0.0\n";
 
 /// Kinds of yamux frames, and the flag that opens a stream.
-const DATA: u8 = 0;
-const WINDOW: u8 = 1;
-const PING: u8 = 2;
+const DATA_KIND: u8 = 0;
+const WINDOW_KIND: u8 = 1;
+const PING_KIND: u8 = 2;
 const SYN: u16 = 1;
 
 /// What is wrong with a connection.
@@ -214,8 +214,8 @@ fn yamux(kind: u8, flags: u16, stream: u32, (length, body): (u32, &[u8])) -> Vec
     frame
 }
 
-fn data(flags: u16, stream: u32, body: &[u8]) -> Vec<u8> {
-    yamux(DATA, flags, stream, (body.len() as u32, body))
+fn data_frame(flags: u16, stream: u32, body: &[u8]) -> Vec<u8> {
+    yamux(DATA_KIND, flags, stream, (body.len() as u32, body))
 }
 
 /// Behind the handshake.
@@ -234,14 +234,14 @@ async fn flood<T: AsyncRead + AsyncWrite + Unpin>(
         }
         _ => {
             choose(io, b"\x0d/yamux/1.0.0\n").await?;
-            let opened = |stream: u32, protocol: &[u8]| data(SYN, stream, &[HELLO, protocol].concat());
+            let opened = |stream: u32, protocol: &[u8]| data_frame(SYN, stream, &[HELLO, protocol].concat());
             match wrong {
                 Wrong::Streams => {
                     frames.extend((0..STREAMS).map(|at| opened(2 * at + 1, b"\x11/moemesh/where/1\n")));
                 }
                 Wrong::Control => {
-                    frames.extend((0..1000).map(|at| yamux(PING, SYN, 0, (at, &[]))));
-                    frames.extend((0..1000).map(|at| yamux(WINDOW, 0, 2 * at + 1, (u32::MAX, &[]))));
+                    frames.extend((0..1000).map(|at| yamux(PING_KIND, SYN, 0, (at, &[]))));
+                    frames.extend((0..1000).map(|at| yamux(WINDOW_KIND, 0, 2 * at + 1, (u32::MAX, &[]))));
                 }
                 _ => {
                     let gossips = wrong == Wrong::Gossip;
@@ -249,7 +249,7 @@ async fn flood<T: AsyncRead + AsyncWrite + Unpin>(
                         if gossips { b"\x0f/meshsub/1.1.0\n" } else { b"\x11/moemesh/where/1\n" };
                     frames.push(opened(1, protocol));
                     let piece = dice.bytes(16 << 10);
-                    frames.extend((0..QUESTION_BYTES / piece.len()).map(|_| data(0, 1, &piece)));
+                    frames.extend((0..QUESTION_BYTES / piece.len()).map(|_| data_frame(0, 1, &piece)));
                 }
             }
         }

@@ -60,8 +60,9 @@ struct Seen {
     bytes: u64,
 }
 
-#[derive(Clone, Debug, Default)]
-struct Notes(Arc<Mutex<Seen>>);
+/// What is noted, and the hello that some acts begin with.
+#[derive(Clone, Debug)]
+struct Notes(Arc<Mutex<Seen>>, Arc<[u8]>);
 
 impl Notes {
     fn now(&self) -> MutexGuard<'_, Seen> {
@@ -104,7 +105,11 @@ pub(crate) async fn run(options: &Options) -> Result<Value, String> {
         other => return Err(format!("'{other}' is nothing to do slowly")),
     };
     let who = Who::of(options)?;
-    let notes = Notes::default();
+    let hello = match act {
+        Act::HelloDrip => hello(who.model(options.to).await?).ok_or("no hello can be made")?,
+        _ => Vec::new(),
+    };
+    let notes = Notes(Arc::default(), hello.into());
     let until = Instant::now() + options.seconds;
     let mut places = JoinSet::new();
     for _ in 0..options.places {
@@ -197,7 +202,6 @@ async fn stream(act: Act, protocol: Protocol, connection: &Connection, notes: &N
 
 /// Keeps a stream busy until the other side has had enough.
 async fn occupy(act: Act, protocol: Protocol, (mut send, recv): (SendStream, RecvStream), notes: &Notes) {
-    let _life = Life::begin(notes);
     tokio::select! {
         () = write(act, protocol, &mut send, notes) => {}
         () = read(recv) => {}
@@ -210,11 +214,10 @@ async fn read(mut recv: RecvStream) {
 }
 
 async fn write(act: Act, protocol: Protocol, send: &mut SendStream, notes: &Notes) {
-    if act == Act::HelloDrip {
-        let Some(hello) = hello() else { return };
-        if send.write_all(&hello).await.is_err() {
-            return;
-        }
+    // A stream lives from the first byte that is taken: until then the other side knows nothing of it.
+    let mut life = None;
+    if act == Act::HelloDrip && send.write_all(&notes.1).await.is_err() {
+        return;
     }
     let mut bytes = opening(act, protocol).into_iter().chain(std::iter::repeat(0));
     loop {
@@ -225,6 +228,7 @@ async fn write(act: Act, protocol: Protocol, send: &mut SendStream, notes: &Note
         if written == 0 {
             return;
         }
+        life.get_or_insert_with(|| Life::begin(notes));
         notes.wrote(written);
         if act != Act::Pour {
             sleep(DRIP).await;
@@ -247,9 +251,10 @@ fn opening(act: Act, protocol: Protocol) -> Vec<u8> {
     bytes
 }
 
-/// How a node without any memory introduces itself: nothing is placed on it.
-pub(crate) fn hello() -> Option<Vec<u8>> {
+/// How a node of this model without any memory introduces itself: nothing is placed on it.
+pub(crate) fn hello(model: [u8; 32]) -> Option<Vec<u8>> {
     let hello = Hello {
+        model,
         name: "nuisance".into(),
         version: "0".into(),
         kernels: "none".into(),
