@@ -260,10 +260,12 @@ class Cluster:
         self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
         return self.nodes[name]
 
-    def start_guest(self, name: str, machine: str, flags: tuple[str, ...]) -> Process:
-        """A node that is not one of the cluster's own, on a machine that may do something else besides."""
+    def start_guest(self, name: str, machine: str, flags: tuple[str, ...], model: bool = True) -> Process:
+        """A node that is not one of the cluster's own, on a machine that may do something else besides; without `model` it
+        has none, and fetches what it needs."""
         join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
-        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *flags]
+        own = ["--model", str(self.program.model)] if model else []
+        arguments = ["node", *self.home(name), *join, *own, *flags]
         known = [node for node in self.state()["nodes"] if node["name"] == name]
         self.earlier[name] = known[0]["connections"] if known else 0
         self.nodes[name] = Process(self.program, self.lan, machine, arguments, self.folder / f"{name}.log")

@@ -133,7 +133,7 @@ def storm(lab: Lab, result: Result) -> None:
     lab.discard()
 
 
-@scenario("14b", "a machine's plug pulled, another one plugged in", "the predicted speed is back without a command")
+@scenario("14b", "a machine's plug pulled, another one with an empty disk plugged in", "the predicted speed is back without a command")
 def replaced(lab: Lab, result: Result) -> None:
     lab.discard()
     cluster = lab.cluster(shape=Shape(router=copies(1), node=PACE, tokens=PACED_TOKENS))
@@ -148,7 +148,7 @@ def replaced(lab: Lab, result: Result) -> None:
         taken_s = cluster.until("others hold what it held", lambda: epochs(cluster) > epoch, 30)
         lost = told(cluster.state()["change"])
         epoch = epochs(cluster)
-        cluster.start_guest("guest-guest", "guest", PACE)
+        cluster.start_guest("guest-guest", "guest", PACE, model=False)
         joined_s = cluster.until("the new machine serves", lambda: cluster.serves("guest-guest"), 30)
         cluster.until("the placement is another", lambda: epochs(cluster) > epoch, 30)
         time.sleep(SETTLES_S + COMPARE_S)
@@ -167,7 +167,7 @@ def replaced(lab: Lab, result: Result) -> None:
     lab.discard()
 
 
-@scenario("15b", "a machine joins a cluster that serves", "0 failed or changed requests, it takes load, the change is told")
+@scenario("15b", "a machine with an empty disk joins a cluster that serves", "0 failed or changed requests, it takes load, the change is told")
 def joined(lab: Lab, result: Result) -> None:
     lab.discard()
     cluster = lab.cluster(shape=Shape(nodes=2, router=copies(1), node=PACE, tokens=PACED_TOKENS))
@@ -176,7 +176,7 @@ def joined(lab: Lab, result: Result) -> None:
         time.sleep(SETTLES_S)
         result.o2.ask(lab.tellers.flowing(FLOWS_WITHIN_S), "a stream stands still before the machine joins")
         began = time.monotonic()
-        cluster.start_guest("guest-guest", "guest", PACE)
+        cluster.start_guest("guest-guest", "guest", PACE, model=False)
         cluster.until("the placement is another", lambda: epochs(cluster) > epoch, 30)
         cluster.until("it serves", lambda: cluster.serves("guest-guest"), 30)
         serves_s = time.monotonic() - began
@@ -188,6 +188,9 @@ def joined(lab: Lab, result: Result) -> None:
     change, node = state["change"], cluster.node("guest-guest")
     stall = (longest_gap(stories, began, ended) - typical_gap(stories)) * 1e3
     result.figure(f"serves {serves_s:.1f} s after its start, stall {stall:.0f} ms", serves_s=serves_s, stall_ms=stall)
+    kept = sum(path.stat().st_size for path in (cluster.folder / "guest-guest" / "weights").rglob("*") if path.is_file())
+    result.figure(f"{kept / 1e6:.1f} MB of experts on its disk, which was empty", fetched_bytes=kept)
+    result.target_met(kept >= node["weight_bytes"] > 0, f"{kept} bytes on its disk, {node['weight_bytes']} in its memory")
     result.figure(told(change))
     result.target_met(change["reason"] == "joined" and change["nodes"] == ["guest-guest"], f"the change is said to be {change}")
     result.target_met(change["measured"] is not None and change["measured_before"] is not None, "nothing was measured")
