@@ -148,7 +148,7 @@ def replaced(lab: Lab, result: Result) -> None:
         taken_s = cluster.until("others hold what it held", lambda: epochs(cluster) > epoch, 30)
         lost = told(cluster.state()["change"])
         epoch = epochs(cluster)
-        cluster.start_guest("guest-guest", "guest", PACE, model=False)
+        cluster.start_guest("guest-guest", "guest", PACE, empty=True)
         joined_s = cluster.until("the new machine serves", lambda: cluster.serves("guest-guest"), 30)
         cluster.until("the placement is another", lambda: epochs(cluster) > epoch, 30)
         time.sleep(SETTLES_S + COMPARE_S)
@@ -176,7 +176,7 @@ def joined(lab: Lab, result: Result) -> None:
         time.sleep(SETTLES_S)
         result.o2.ask(lab.tellers.flowing(FLOWS_WITHIN_S), "a stream stands still before the machine joins")
         began = time.monotonic()
-        cluster.start_guest("guest-guest", "guest", PACE, model=False)
+        cluster.start_guest("guest-guest", "guest", PACE, empty=True)
         cluster.until("the placement is another", lambda: epochs(cluster) > epoch, 30)
         cluster.until("it serves", lambda: cluster.serves("guest-guest"), 30)
         serves_s = time.monotonic() - began

@@ -297,11 +297,11 @@ impl Cluster {
             Event::Used(counts) => {
                 self.popularity.learn(&counts);
             }
-            Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
+            Event::Placed(node, placed) => self.placed(now, (node, placed), &mut actions),
             Event::Plan => {
                 (self.wanted.asked, self.restored) = (true, false);
                 let links = self.nodes.iter_mut().filter_map(|node| node.link.as_mut());
-                links.for_each(|link| link.declined = false);
+                links.for_each(|link| link.declined = None);
             }
             Event::Tick => self.tick(now, &mut actions),
         }
@@ -418,7 +418,7 @@ impl Cluster {
             Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
-                _ if link.declined => NodeState::Refused,
+                _ if link.declined.is_some() => NodeState::Refused,
                 (Order::NotSent, Order::NotSent) => NodeState::Waiting,
                 _ => NodeState::Loading,
             },

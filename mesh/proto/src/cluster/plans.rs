@@ -421,7 +421,7 @@ impl Cluster {
             let suits = current.plan.suits(index, link.hello.memory_bytes, &self.facts);
             let asked = std::mem::replace(&mut link.next, Order::NotSent);
             if asked == Order::Sent && link.leaving.is_none() {
-                link.declined = true;
+                link.decline(now);
                 let note = format!("did not load its placement within {} s", SWITCH_WAIT_MAX.as_secs());
                 actions.push(Action::Report(index, note));
             }
