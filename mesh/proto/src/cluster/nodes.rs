@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use mesh_wire::control::{Health, Hello, Placed};
+use mesh_wire::control::{Health, Hello, Loading, Placed};
 
 use super::stage::{Stage, per_layer, place};
-use super::{Action, Cluster, EPOCH_MAX, MALFORMED_MAX, WRONG_MAX};
+use super::{Action, Cluster, EPOCH_MAX, LOADING_MAX, MALFORMED_MAX, SWITCH_WAIT_MAX, WRONG_MAX};
 use crate::claims::{Claims, believable, bounded};
 use crate::facts::LinkSpeed;
 use crate::health::{Flaps, Speed, Trust};
@@ -105,7 +105,14 @@ pub(super) struct Link {
     pub(super) trust: Trust,
     pub(super) speed: Speed,
     pub(super) joined: Duration,
+    /// How far it is with what it is loading; nothing once it says otherwise.
+    pub(super) loading: Option<Loading>,
+    /// How far it was when it last said so, and when that was news; it may have begun as it came.
+    loaded: Loading,
+    progressed: Duration,
     pub(super) measured: LinkSpeed,
+    /// A plan that waited for it was given up for something urgent; such things come first now.
+    pub(super) stood_back: bool,
     /// No plan has been made for it as it is now.
     pub(super) wants_in: bool,
     /// When it said that it is going to stop.
@@ -116,6 +123,23 @@ pub(super) struct Link {
 }
 
 impl Link {
+    /// Whether it is loading its part of a plan that comes into use when it has.
+    pub(super) fn loads_next(&self) -> bool {
+        self.next == Order::Sent && self.leaving.is_none()
+    }
+
+    /// Why it is not waited for any longer, if so, where it was asked to load something at `asked`.
+    pub(super) fn is_too_slow(&self, now: Duration, asked: Duration) -> Option<String> {
+        let still = now.saturating_sub(self.progressed.max(asked));
+        if still >= SWITCH_WAIT_MAX {
+            let seconds = SWITCH_WAIT_MAX.as_secs();
+            return Some(format!("showed no progress with its placement for {seconds} s"));
+        }
+        let hours = LOADING_MAX.as_secs() / 3600;
+        let endless = now.saturating_sub(asked) >= LOADING_MAX;
+        endless.then(|| format!("did not load its placement within {hours} h"))
+    }
+
     pub(super) fn is_measured(&self) -> bool {
         self.measured != LinkSpeed::default()
     }
@@ -218,7 +242,11 @@ impl Cluster {
             health: None,
             trust: Trust::default(),
             joined: now,
+            loading: None,
+            loaded: Loading::default(),
+            progressed: now,
             measured: LinkSpeed::default(),
+            stood_back: false,
             wants_in: false,
             leaving: None,
             handing_over: false,
@@ -322,9 +350,21 @@ impl Cluster {
         let Some(link) = &mut entry.link else { return false };
         let vitals = believable(health.vitals);
         link.health = Some(Health { vitals, ..health });
+        // While it loads it says so after each report.
+        link.loading = None;
         let Some(change) = entry.heat.report(now, vitals) else { return false };
         actions.push(Action::Report(node, change.to_string()));
         true
+    }
+
+    /// Notes whether it got on with what it is loading. Less than before is progress, too: what is fetched is then read
+    /// into memory, and counts from nothing; a blob with the wrong hash is fetched again.
+    pub(super) fn loads(&mut self, now: Duration, node: NodeIndex, loading: Loading) {
+        let Some(link) = self.link(node) else { return };
+        link.loading = Some(loading);
+        if loading != link.loaded {
+            (link.loaded, link.progressed) = (loading, now);
+        }
     }
 
     /// A node will not serve any more; the others shall hold what it was to hold.
@@ -356,6 +396,7 @@ impl Cluster {
         let is = |stage: &Option<Stage>| stage.as_ref().is_some_and(|stage| stage.epoch == placed.epoch);
         let (current, next) = (is(&self.current), is(&self.next));
         let Some(link) = self.link(node) else { return };
+        link.loading = None;
         let order = match (current, next) {
             (true, _) => &mut link.current,
             (_, true) => &mut link.next,
@@ -369,6 +410,7 @@ impl Cluster {
         if placed.refusal.is_empty() {
             *order = Order::Held;
             link.refusals = 0;
+            link.stood_back = false;
             link.epoch = placed.epoch;
             link.weight_bytes = placed.weight_bytes;
             return;

@@ -3,7 +3,7 @@
 mod coming;
 mod simulation;
 
-use mesh_wire::control::Vitals;
+use mesh_wire::control::{Loading, Vitals};
 use mesh_wire::id::{ExpertKey, NodeId, Slice};
 
 use super::*;
