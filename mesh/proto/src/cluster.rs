@@ -305,9 +305,7 @@ impl Cluster {
             }
             Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Planned(proposal) => self.planned(now, *proposal, &mut actions),
-            Event::Used(counts) => {
-                self.popularity.learn(&counts);
-            }
+            Event::Used(counts) => drop(self.popularity.learn(&counts)),
             Event::Placed(node, placed) => self.placed(now, (node, placed), &mut actions),
             Event::Plan => {
                 (self.wanted.asked, self.restored) = (true, false);

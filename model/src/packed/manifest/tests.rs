@@ -41,7 +41,10 @@ fn open(directory: &Path, manifest: &Value) -> Result<Found, ManifestError> {
 fn a_correct_directory_opens_and_verifies() {
     let (directory, manifest) = packed();
     let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
-    assert_eq!(model.tensor(TensorName::Expert(1, 1)).unwrap().unwrap().len(), Format::Q4.expert_bytes(32, 32));
+    assert_eq!(
+        model.tensor(TensorName::Expert(1, 1)).unwrap().unwrap().len(),
+        Format::Q4.expert_bytes(32, 32)
+    );
     assert!(model.tensor(TensorName::Expert(0, 0)).unwrap().is_none());
     model.verify(&mut { NO_PROGRESS }).unwrap();
     assert!(matches!(PackedFiles::open(Path::new("/nonexistent")), Ok(Found::Nothing)));
@@ -152,7 +155,7 @@ fn each_of_1000_flipped_bits_is_found_when_the_expert_is_loaded() {
     let bits = Format::Q4.expert_bytes(32, 32) * 8;
     let mut found = 0;
     for flip in 0..1000 {
-        let (expert, bit) = (flip % 2, flip * (bits / 1000 | 1) % bits);
+        let (expert, bit) = (flip % 2, flip * ((bits / 1000) | 1) % bits);
         let at = manifest["blobs"][format!("layers.1.experts.{expert}")]["offset"].as_u64().unwrap() as usize;
         bytes[at + bit / 8] ^= 1 << (bit % 8);
         std::fs::write(&path, &bytes).unwrap();
@@ -207,6 +210,6 @@ fn only_runs_that_fill_the_place_and_lie_in_the_tensor_are_read() {
     assert!(read(name, vec![0..8, 16..24], 16));
     assert!(!read(name, vec![0..8, 16..24], 17), "not filled");
     assert!(!read(name, vec![0..8, 16..24], 15), "no room");
-    assert!(!read(name, vec![bytes - 8..bytes + 8], 16), "beyond the tensor");
-    assert!(!read(TensorName::Expert(0, 0), vec![0..8], 8), "no such tensor");
+    assert!(!read(name, std::iter::once(bytes - 8..bytes + 8).collect(), 16), "beyond the tensor");
+    assert!(!read(TensorName::Expert(0, 0), std::iter::once(0..8).collect(), 8), "no such tensor");
 }

@@ -176,10 +176,8 @@ async fn control(feed: &Arc<Feed>, connection: &Connection) {
     let (connection, feed) = (connection.clone(), Arc::clone(feed));
     let Ok((mut send, mut recv)) = connection.open_bi().await else { return };
     let introduces = feed.dice().below(4) != 0;
-    if introduces {
-        if send.write_all(&feed.hello).await.is_err() {
-            return;
-        }
+    if introduces && send.write_all(&feed.hello).await.is_err() {
+        return;
     }
     let speaking = async {
         for _ in 0..MESSAGES {
