@@ -164,9 +164,19 @@ impl Store {
         self.contents().bytes()
     }
 
-    /// Whether it has this blob, complete and of this length.
+    /// Whether it has this blob, complete and of this length. One that lost a part of it since it got its name is named
+    /// and given up.
     pub fn holds(&self, hash: &Hash, bytes: u64) -> bool {
-        self.contents().kept.get(hash).is_some_and(|kept| kept.bytes == bytes)
+        let Some(kept) = self.contents().kept.get(hash).copied() else { return false };
+        if kept.bytes == bytes {
+            return true;
+        }
+        let why = format!("it is {} bytes long instead of {bytes}", kept.bytes);
+        if let Err(error) = self.give_up_damaged(hash, &why) {
+            // Whoever writes the new one over it will say so again.
+            tracing::error!(%error, "a damaged file stays");
+        }
+        false
     }
 
     /// Makes room for these blobs, each with its length, and notes that they are wanted now. What of them is there

@@ -65,7 +65,7 @@ impl http::Starting for Startup {
             }
             None if here < wanted => format!("the router is waiting for nodes ({here} of {wanted})"),
             None => {
-                let loading = nodes.iter().filter_map(|node| node.loading);
+                let loading = nodes.iter().filter_map(|node| node.cluster.loading);
                 let (done, total) = loading.fold((0, 0), |(done, total), loading| {
                     (done + loading.done_bytes / 1_000_000, total + loading.total_bytes / 1_000_000)
                 });
@@ -299,7 +299,7 @@ fn node_json(node: &NodeStatus, place: Option<&Place>, planned: Option<Share>) -
         "probes_failed": counters.probes_failed,
         "correction": place.map(|place| place.learned.corrections()),
         "call_overhead_us": place.map(|place| place.learned.call_us()),
-        "loading": node.loading.map(|loading| json!({
+        "loading": node.cluster.loading.map(|loading| json!({
             "done_bytes": loading.done_bytes,
             "total_bytes": loading.total_bytes,
             "peer_bytes": loading.peer_bytes,

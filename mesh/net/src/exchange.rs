@@ -355,12 +355,11 @@ impl Shared {
     /// Dials the router for as long as the node runs.
     async fn stay_linked(&self) {
         let membership = &self.config.membership;
-        let known = &membership.admission().addresses;
-        let routers = if self.config.routers.is_empty() { known } else { &self.config.routers };
         let mut attempt = 0_u32;
         loop {
-            for address in routers {
-                match self.link(*address).await {
+            // Looked up again in every round: the router may have moved.
+            for address in membership.places(&self.config.routers) {
+                match self.link(address).await {
                     Ok(()) => attempt = 0,
                     Err(BorrowError::Revoked) => {
                         self.router.send_modify(|router| router.revoked = true);

@@ -35,7 +35,6 @@ use mesh_proto::placement::Outlook;
 use mesh_proto::routes::{NodeIndex, Routes};
 use mesh_wire::buffer::{Pool, PoolCounters};
 use mesh_wire::call::OutgoingCall;
-use mesh_wire::control::Loading;
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 use thiserror::Error;
@@ -141,12 +140,10 @@ pub struct NodeStatus {
     pub address: Option<SocketAddr>,
     /// QUIC's estimate of the round trip, while it is connected.
     pub path_rtt: Option<Duration>,
-    /// State, epoch, experts, hello, last health report and mean times of calls.
+    /// State, epoch, experts, hello, last health report, progress of loading and mean times of calls.
     pub cluster: cluster::NodeStatus,
     /// What was counted.
     pub counters: NodeCounters,
-    /// How far it is with the weights it is loading.
-    pub loading: Option<Loading>,
 }
 
 impl NodeStatus {
@@ -399,7 +396,6 @@ impl Hub {
                 path_rtt: link.as_ref().map(|link| link.connection.rtt()),
                 cluster,
                 counters: seat.tally.snapshot(),
-                loading: seat.tally.loading(),
             }
         };
         self.shared.seats.all().iter().zip(statuses).map(node).collect()
@@ -601,7 +597,7 @@ impl Shared {
 /// Only the runtime's tasks feed, one at a time, so actions are carried out in the order they were decided in.
 impl Feed for Shared {
     fn feed(&self, event: Event) {
-        let quiet = matches!(event, Event::Answered { .. } | Event::Tick);
+        let quiet = matches!(event, Event::Answered { .. } | Event::Loading(..) | Event::Tick);
         let (actions, planned) = {
             let mut cluster = self.cluster();
             let before = cluster.newest_epoch();

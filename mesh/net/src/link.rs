@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout};
 use crate::endpoint::{Close, Parting, is_goodbye};
 use crate::lane::{Lane, Queue, Worker};
 use crate::probe::Prober;
-use crate::stream::{ReadFrameError, read_frame, write_frame};
+use crate::stream::{ReadFrameError, read_frame, read_prompt_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
 /// Time a connected node has to introduce itself.
@@ -169,9 +169,9 @@ impl Session {
             lanes.spawn(self.prober(&link).run());
         }
         let (mut send, mut recv) = self.control;
-        let (node, pool, feed, tally) = (self.node, &self.pool, &*self.feed, &*self.tally);
+        let (node, pool, feed) = (self.node, &self.pool, &*self.feed);
         let parting = tokio::select! {
-            parting = listen(node, &mut recv, (pool, &link, tally), feed) => parting,
+            parting = listen(node, &mut recv, (pool, &link), feed) => parting,
             parting = speak(&mut send, &mut self.outbox) => parting,
             error = link.connection.closed() => Err(error.to_string()),
         };
@@ -182,7 +182,6 @@ impl Session {
             Ok(reason) => link.close(Close::Goodbye, reason),
             Err(reason) => link.close(Close::Broken, reason),
         }
-        tally.loads(None);
         // Lanes notice by themselves; jobs they still hold fail when they end.
         while lanes.join_next().await.is_some() {}
         parting
@@ -219,13 +218,13 @@ const HEARD: [Op; 6] = [Op::Placed, Op::Health, Op::Loading, Op::Pong, Op::Leavi
 async fn listen(
     node: NodeIndex,
     recv: &mut RecvStream,
-    (pool, link, tally): (&Pool, &Link, &Tally),
+    (pool, link): (&Pool, &Link),
     feed: &dyn Feed,
 ) -> Parting {
-    let mut last_health: Option<Instant> = None;
+    let (mut last_health, mut last_loading) = (None, None);
     let mut leaving = false;
     loop {
-        let frame = match read_frame(recv, pool, &HEARD).await {
+        let frame = match read_prompt_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return Err("it closed its control stream".to_owned()),
             Err(error) => {
@@ -237,19 +236,15 @@ async fn listen(
             }
         };
         match Message::decode(&frame) {
-            Ok(Message::Placed(placed)) => {
-                tally.loads(None);
-                feed.feed(Event::Placed(node, placed));
+            Ok(Message::Placed(placed)) => feed.feed(Event::Placed(node, placed)),
+            Ok(Message::Loading(loading)) if is_due(&mut last_loading) => {
+                feed.feed(Event::Loading(node, loading));
             }
-            Ok(Message::Loading(loading)) => tally.loads(Some(loading)),
-            Ok(Message::Health(health)) => {
-                // While it loads it says so after each report.
-                tally.loads(None);
-                if last_health.is_none_or(|last| last.elapsed() >= HEALTH_EVERY_MIN) {
-                    last_health = Some(Instant::now());
-                    feed.feed(Event::Health(node, health));
-                }
+            Ok(Message::Health(health)) if is_due(&mut last_health) => {
+                feed.feed(Event::Health(node, health));
             }
+            // Sooner than a correct node says it.
+            Ok(Message::Loading(_) | Message::Health(_)) => {}
             // Once: saying it again changes nothing.
             Ok(Message::Leaving) => {
                 if !std::mem::replace(&mut leaving, true) {
@@ -272,6 +267,15 @@ async fn listen(
             }
         }
     }
+}
+
+/// Whether the last such report is old enough; then this is the last.
+fn is_due(last: &mut Option<Instant>) -> bool {
+    let due = last.is_none_or(|last| last.elapsed() >= HEALTH_EVERY_MIN);
+    if due {
+        *last = Some(Instant::now());
+    }
+    due
 }
 
 /// Writes what the node is told until the last of it has arrived.

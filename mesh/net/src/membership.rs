@@ -221,6 +221,15 @@ impl Membership {
         &self.suggestions
     }
 
+    /// Where the router may be now: where the user said it is (`given`), or where it was when this machine joined, and
+    /// then where it was found since.
+    pub fn places(&self, given: &[SocketAddr]) -> Vec<SocketAddr> {
+        let known = if given.is_empty() { &self.admission.addresses[..] } else { given };
+        let found = self.suggestions.of(self.admission.router);
+        let news = found.into_iter().filter(|address| !known.contains(address));
+        known.iter().copied().chain(news).collect()
+    }
+
     /// Whether a token is for the cluster this machine is in.
     pub fn is_of(&self, token: &Token) -> bool {
         cluster_hash(self.admission.cluster) == token.cluster

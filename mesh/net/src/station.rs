@@ -286,7 +286,7 @@ impl Node {
         let (mut attempt, mut refusals) = (0_u32, 0_u32);
         loop {
             let (mut served, mut refused) = (false, false);
-            for address in self.places() {
+            for address in self.config.membership.places(&self.config.routers) {
                 match self.try_router(address, stop).await {
                     Ok(End::Served) => served = true,
                     Ok(End::Refused) => refused = true,
@@ -308,16 +308,6 @@ impl Node {
                 return Ok(());
             }
         }
-    }
-
-    /// Where the router may be now: as configured or kept, then as discovery found it.
-    fn places(&self) -> Vec<SocketAddr> {
-        let (membership, given) = (&self.config.membership, &self.config.routers);
-        let admission = membership.admission();
-        let known = if given.is_empty() { &admission.addresses } else { given };
-        let found = membership.suggestions().of(admission.router);
-        let news = found.into_iter().filter(|address| !known.contains(address));
-        known.iter().copied().chain(news).collect()
     }
 
     /// One connection to this address, from dialing to its end.

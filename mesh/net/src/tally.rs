@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use mesh_proto::cluster::Event;
-use mesh_wire::control::Loading;
 
 /// What happened with one node's calls since the router started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +52,6 @@ pub struct NodeCounters {
 pub(crate) struct Tally {
     counters: Mutex<NodeCounters>,
     outstanding: AtomicU32,
-    loading: Mutex<Option<Loading>>,
 }
 
 impl Tally {
@@ -63,16 +61,6 @@ impl Tally {
 
     pub(crate) fn snapshot(&self) -> NodeCounters {
         *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How far the node is with what it is loading.
-    pub(crate) fn loading(&self) -> Option<Loading> {
-        *self.loading.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes that.
-    pub(crate) fn loads(&self, loading: Option<Loading>) {
-        *self.loading.lock().unwrap_or_else(PoisonError::into_inner) = loading;
     }
 
     /// Assignments handed over and not yet answered.

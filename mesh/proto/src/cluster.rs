@@ -12,8 +12,8 @@
 //! it takes longer than a token. A node that is away keeps its place: others get what only it held beside what they
 //! have (`standin`), and it finds its part when it comes back.
 //!
-//! The price: one slow loader holds back a new plan (at most `SWITCH_WAIT_MAX`), and plans never overlap, so
-//! a node that joins during a change waits for the next one.
+//! The price: one slow loader holds back a new plan, for `SWITCH_WAIT_MAX` without progress and `LOADING_MAX` with it,
+//! and plans never overlap, so a node that joins during a change waits for the next one.
 
 mod plans;
 
@@ -24,7 +24,7 @@ mod stage;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_wire::control::{Health, Hello, Placed, Placement};
+use mesh_wire::control::{Health, Hello, Loading, Placed, Placement};
 
 use self::nodes::{Link, Node, Order};
 use self::plans::Errand;
@@ -39,10 +39,15 @@ use crate::routes::{NodeIndex, Routes, Table};
 pub use crate::status::{NodeState, NodeStatus};
 use crate::stored::Stored;
 
-/// Longest wait of a new plan for a connected node that does not answer its placement. A node of a home cluster
-/// reads 20 GB from a slow disk in five minutes; until then the old plan serves, so waiting costs nothing but
-/// the help of the new node.
+/// Longest wait of a new plan for a connected node that shows no progress with its placement. The longest that a node
+/// has nothing to show for is that its router computes the hashes of what it is to fetch: 20 GB of slices, read from a
+/// disk at 40 MB/s. Until then the old plan serves, so waiting costs nothing but the help of the new node. This long, too,
+/// everything else waits behind a plan that is loaded; from then on, what cannot wait ends it (`plans`).
 pub const SWITCH_WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// Longest wait of a new plan for a node, whatever progress it shows: 20 GB over 10 Mbit/s take four and a half hours.
+/// A node that says it got one more byte every second is not believed any longer.
+pub const LOADING_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// Largest epoch that is believed of a node. Epochs grow by one per plan; more than this is a broken or hostile
 /// node, and counting on from it could overflow. Own epochs are believed beyond it: a node that lies up to here makes the
@@ -73,6 +78,8 @@ pub enum Event {
     Placed(NodeIndex, Placed),
     /// Its periodic report.
     Health(NodeIndex, Health),
+    /// How far it says it is with what it is loading; about as often.
+    Loading(NodeIndex, Loading),
     /// A call was answered.
     Answered {
         /// By whom.
@@ -260,6 +267,10 @@ impl Cluster {
                     return actions;
                 }
             }
+            Event::Loading(node, loading) => {
+                self.loads(now, node, loading);
+                return actions;
+            }
             Event::Missed(node) => {
                 if !self.link(node).is_some_and(|link| link.trust.missed(now)) {
                     return actions;
@@ -298,14 +309,12 @@ impl Cluster {
             }
             Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Planned(proposal) => self.planned(now, *proposal, &mut actions),
-            Event::Used(counts) => {
-                self.popularity.learn(&counts);
-            }
-            Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
+            Event::Used(counts) => drop(self.popularity.learn(&counts)),
+            Event::Placed(node, placed) => self.placed(now, (node, placed), &mut actions),
             Event::Plan => {
                 (self.wanted.asked, self.restored) = (true, false);
                 let links = self.nodes.iter_mut().filter_map(|node| node.link.as_mut());
-                links.for_each(|link| link.declined = false);
+                links.for_each(|link| link.declined = None);
             }
             Event::Tick => self.tick(now, &mut actions),
         }
@@ -394,19 +403,30 @@ impl Cluster {
     /// Whether every connected node that is part of the plan in use serves it, and no plan is due for another one: the
     /// cluster is as good as it gets without another event.
     pub fn settled(&self) -> bool {
-        let Some(current) = &self.current else { return false };
-        let loading = |link: &Link| link.current == Order::Sent;
-        let part = |node| current.plan.capacity(node).is_some();
+        if self.current.is_none() {
+            return false;
+        }
         let waits = !self.restored && self.newcomers().next().is_some();
         let changing = waits || self.next.is_some() || self.errand.is_some();
-        !changing && !self.links().any(|(node, link)| part(node) && loading(link))
+        !changing && !self.loads_current()
+    }
+
+    /// Whether a node that is here is loading its part of the plan in use.
+    fn loads_current(&self) -> bool {
+        let loading = |link: &Link| link.current == Order::Sent;
+        let part = |node| self.current.as_ref().is_some_and(|current| current.plan.capacity(node).is_some());
+        self.links().any(|(node, link)| part(node) && loading(link))
     }
 
     /// Whether experts that are out of reach may be back soon, without a machine's return: nodes are loading them, or
-    /// are tried again shortly.
+    /// are tried again shortly. A plan that has been loaded for long already says nothing about soon.
     pub fn may_recover(&self) -> bool {
         let shortly = |(_, link): (NodeIndex, &Link)| link.trust.pauses_shortly();
-        self.current.is_some() && (!self.settled() || self.links().any(shortly))
+        let changing = match &self.next {
+            Some(next) => !next.lingers || self.loads_current(),
+            None => !self.settled(),
+        };
+        self.current.is_some() && (changing || self.links().any(shortly))
     }
 
     /// How a node is doing; `None` outside the roster.
@@ -422,7 +442,7 @@ impl Cluster {
             Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
-                _ if link.declined => NodeState::Refused,
+                _ if link.declined.is_some() => NodeState::Refused,
                 (Order::NotSent, Order::NotSent) => NodeState::Waiting,
                 _ => NodeState::Loading,
             },
@@ -434,6 +454,7 @@ impl Cluster {
             weight_bytes: link.map_or(0, |link| link.weight_bytes),
             hello: link.map(|link| link.hello.clone()),
             health: link.and_then(|link| link.health),
+            loading: link.and_then(|link| link.loading),
             spared: link.is_some() && entry.heat.is_hot(),
             call_means: link.and_then(|link| link.trust.means()),
             link: link.map_or_else(LinkSpeed::default, |link| link.measured),

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use mesh_wire::control::{Health, Hello};
+use mesh_wire::control::{Health, Hello, Loading};
 
 use crate::facts::LinkSpeed;
 
@@ -69,6 +69,8 @@ pub struct NodeStatus {
     pub hello: Option<Hello>,
     /// Its last report.
     pub health: Option<Health>,
+    /// How far it is with what it is loading, as it last said.
+    pub loading: Option<Loading>,
     /// Whether others are asked before it, as it is hot (`heat`).
     pub spared: bool,
     /// Mean time in its kernels and mean round trip of recent calls.

@@ -18,7 +18,7 @@ use mesh_proto::popularity::{BATCH_TOKENS_MIN, Counts};
 use mesh_proto::routes::{NodeIndex, ROUTER, Table};
 use mesh_proto::stored::Stored;
 use mesh_wire::buffer::Pool;
-use mesh_wire::control::{Health, Hello, Placed, Placement, Vitals};
+use mesh_wire::control::{Health, Hello, Loading, Placed, Placement, Vitals};
 use mesh_wire::id::NodeId;
 use mesh_wire::message::Message;
 
@@ -221,6 +221,7 @@ impl Scene {
             12 => Event::Used(Box::new(used(story))),
             13 if story.next() % 8 == 7 => Event::Revoked(node),
             13 => Event::Pardon(node),
+            14 if story.next() % 2 == 1 => Event::Loading(node, loading(story)),
             14 => return self.admit(),
             _ => {
                 self.now = self.now.saturating_add(Duration::from_millis(story.number() % (1 << 30)));
@@ -419,6 +420,10 @@ fn health(story: &mut Story<'_>) -> Health {
         energy_mj: (how & 16 == 0).then(|| story.number()),
     };
     Health { calls: story.number(), vitals, ..Health::default() }
+}
+
+fn loading(story: &mut Story<'_>) -> Loading {
+    Loading { done_bytes: story.number(), total_bytes: story.number(), peer_bytes: story.number() }
 }
 
 /// Rows per expert, as the router counts them.

@@ -189,6 +189,45 @@ fn nonsense_on_the_control_stream_ends_the_connection_and_nothing_else() {
 }
 
 #[test]
+fn a_control_message_that_drips_in_ends_the_connection_and_silence_does_not() {
+    let keys = keys(2);
+    let hub = hub(&keys);
+    let silent = RawNode::join(&keys, 0, hub.local_addr());
+    for begun in [&[1][..], &frame(Op::Health, &[0; 64])[..HEADER_BYTES + 1]] {
+        let mut raw = RawNode::connect(&keys, 1, hub.local_addr());
+        raw.say(&Message::Hello(hello()));
+        raw.runtime.block_on(raw.control.0.write_all(begun)).unwrap();
+        let ConnectionError::ApplicationClosed(closed) = raw.runtime.block_on(raw.connection.closed()) else {
+            panic!("{:?}", raw.connection.close_reason())
+        };
+        assert!(String::from_utf8_lossy(&closed.reason).contains("a frame was begun"), "{closed:?}");
+    }
+    // It has said nothing for twice as long.
+    assert!(silent.connection.close_reason().is_none());
+    assert_ne!(hub.nodes()[1].cluster.state, NodeState::Quarantined, "slow is not malformed");
+}
+
+#[test]
+fn of_a_machine_that_does_not_introduce_itself_there_are_two_connections_at_a_time() {
+    let keys = keys(2);
+    let hub = hub(&keys);
+    let closed = |raw: &RawNode| match raw.runtime.block_on(raw.connection.closed()) {
+        ConnectionError::ApplicationClosed(closed) => String::from_utf8_lossy(&closed.reason).into_owned(),
+        other => panic!("{other:?}"),
+    };
+    let many: Vec<_> = (0..6).map(|_| RawNode::connect(&keys, 0, hub.local_addr())).collect();
+    // They take no place of another machine's.
+    let other = RawNode::join(&keys, 1, hub.local_addr());
+    let reasons: Vec<_> = many.iter().map(closed).collect();
+    let busy = reasons.iter().filter(|reason| reason.contains("do not introduce themselves")).count();
+    let late = reasons.iter().filter(|reason| reason.contains("no hello")).count();
+    assert_eq!((busy, late), (4, 2), "{reasons:?}");
+    drop(many);
+    RawNode::join(&keys, 0, hub.local_addr());
+    assert!(other.connection.close_reason().is_none());
+}
+
+#[test]
 fn a_node_that_never_reads_its_lanes_is_late_and_cannot_grow_the_router() {
     let keys = keys(1);
     let hub = hub(&keys);

@@ -212,6 +212,41 @@ fn nodes_are_named_as_holders_and_lend_to_each_other() {
     assert!(unnamed, "a machine that has gone is still named");
 }
 
+#[test]
+fn weights_come_from_a_router_that_moved_once_it_is_found() {
+    let (keys, runtime) = (keys(1), runtime());
+    let hub = lending_hub(&keys);
+    let membership = keys.membership(&keys.nodes[0]);
+    let exchange = Exchange::start(ExchangeConfig {
+        membership: Arc::clone(&membership),
+        routers: vec![hub.local_addr()],
+        listen: listen_anywhere(),
+        shelf: Memory::node(),
+        patience: PATIENT,
+    })
+    .unwrap();
+    known(&runtime, &exchange);
+    // Both are there for a while, so that the new one has another port.
+    let moved = lending_hub(&keys);
+    drop(hub);
+    // What nobody proved leads nowhere: another cluster's router lends nothing to this node.
+    let other = super::harness::keys(0);
+    let wrong = lending_hub(&other);
+    membership.suggestions().suggest(keys.router(), moved.local_addr());
+    membership.suggestions().suggest(keys.router(), wrong.local_addr());
+    let began = std::time::Instant::now();
+    let got = loop {
+        match get(&exchange, Origin::Router, fetch(3, 0)) {
+            // It is not known yet that the old one is gone, or where the new one is.
+            Err(BorrowError::Gone(_)) if began.elapsed() < LONG => {}
+            got => break got,
+        }
+    };
+    assert!(got.unwrap() == content(3));
+    assert_eq!(wrong.nodes().len(), 0);
+    assert!(moved.nodes()[0].counters.lent_bytes >= BYTES as u64);
+}
+
 /// Dials with these protocols on offer, and asks for the catalogue.
 fn ask_as(
     identity: &Identity,

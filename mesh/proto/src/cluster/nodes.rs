@@ -5,16 +5,21 @@
 
 use std::time::Duration;
 
-use mesh_wire::control::{Health, Hello, Placed};
+use mesh_wire::control::{Health, Hello, Loading, Placed};
 
 use super::stage::{Stage, per_layer, place};
-use super::{Action, Cluster, EPOCH_MAX, MALFORMED_MAX, WRONG_MAX};
+use super::{Action, Cluster, EPOCH_MAX, LOADING_MAX, MALFORMED_MAX, SWITCH_WAIT_MAX, WRONG_MAX};
 use crate::claims::{Claims, believable, bounded};
 use crate::facts::LinkSpeed;
 use crate::health::{Flaps, Speed, Trust};
 use crate::heat::Heat;
 use crate::machine::{Capacity, Machine};
 use crate::routes::NodeIndex;
+
+/// How long a node that refused its placement is left out of plans: at first, and at most. Each try with it costs the
+/// others a load.
+pub(super) const DECLINED_MIN: Duration = Duration::from_secs(30);
+const DECLINED_MAX: Duration = Duration::from_secs(900);
 
 #[derive(Debug, Default)]
 pub(super) struct Node {
@@ -55,7 +60,7 @@ impl Node {
 
     /// Whether it may be part of a plan, as far as it says itself.
     pub(super) fn is_willing(&self) -> bool {
-        let willing = |link: &Link| !link.declined && link.leaving.is_none();
+        let willing = |link: &Link| link.declined.is_none() && link.leaving.is_none();
         !self.is_quarantined() && self.link.as_ref().is_some_and(willing)
     }
 
@@ -88,16 +93,26 @@ pub(super) struct Link {
     pub(super) current: Order,
     /// Where it stands with `Cluster::next`.
     pub(super) next: Order,
-    /// It refused a placement. It is left out of plans until it reconnects or the operator asks for a plan;
-    /// planning with it again and again would reload the others for nothing.
-    pub(super) declined: bool,
+    /// It refused a placement, and is left out of plans until then, or until it reconnects or the operator asks for a
+    /// plan. What was in the way, a full disk, may be gone some day; planning with it again and again would reload the
+    /// others for nothing.
+    pub(super) declined: Option<Duration>,
+    /// Placements it refused since it held one.
+    refusals: u32,
     pub(super) epoch: u64,
     pub(super) weight_bytes: u64,
     pub(super) health: Option<Health>,
     pub(super) trust: Trust,
     pub(super) speed: Speed,
     pub(super) joined: Duration,
+    /// How far it is with what it is loading; nothing once it says otherwise.
+    pub(super) loading: Option<Loading>,
+    /// How far it was when it last said so, and when that was news; it may have begun as it came.
+    loaded: Loading,
+    progressed: Duration,
     pub(super) measured: LinkSpeed,
+    /// A plan that waited for it was given up for something urgent; such things come first now.
+    pub(super) stood_back: bool,
     /// No plan has been made for it as it is now.
     pub(super) wants_in: bool,
     /// When it said that it is going to stop.
@@ -108,8 +123,32 @@ pub(super) struct Link {
 }
 
 impl Link {
+    /// Whether it is loading its part of a plan that comes into use when it has.
+    pub(super) fn loads_next(&self) -> bool {
+        self.next == Order::Sent && self.leaving.is_none()
+    }
+
+    /// Why it is not waited for any longer, if so, where it was asked to load something at `asked`.
+    pub(super) fn is_too_slow(&self, now: Duration, asked: Duration) -> Option<String> {
+        let still = now.saturating_sub(self.progressed.max(asked));
+        if still >= SWITCH_WAIT_MAX {
+            let seconds = SWITCH_WAIT_MAX.as_secs();
+            return Some(format!("showed no progress with its placement for {seconds} s"));
+        }
+        let hours = LOADING_MAX.as_secs() / 3600;
+        let endless = now.saturating_sub(asked) >= LOADING_MAX;
+        endless.then(|| format!("did not load its placement within {hours} h"))
+    }
+
     pub(super) fn is_measured(&self) -> bool {
         self.measured != LinkSpeed::default()
+    }
+
+    /// Leaves it out of plans for a while, longer each time.
+    pub(super) fn decline(&mut self, now: Duration) {
+        let pause = DECLINED_MIN.saturating_mul(1_u32.checked_shl(self.refusals).unwrap_or(u32::MAX));
+        self.declined = Some(now.saturating_add(pause.min(DECLINED_MAX)));
+        self.refusals = self.refusals.saturating_add(1);
     }
 
     pub(super) fn capacity(&self, node: NodeIndex) -> Capacity {
@@ -196,13 +235,18 @@ impl Cluster {
             hello,
             current: Order::NotSent,
             next: Order::NotSent,
-            declined: false,
+            declined: None,
+            refusals: 0,
             epoch: 0,
             weight_bytes: 0,
             health: None,
             trust: Trust::default(),
             joined: now,
+            loading: None,
+            loaded: Loading::default(),
+            progressed: now,
             measured: LinkSpeed::default(),
+            stood_back: false,
             wants_in: false,
             leaving: None,
             handing_over: false,
@@ -306,9 +350,21 @@ impl Cluster {
         let Some(link) = &mut entry.link else { return false };
         let vitals = believable(health.vitals);
         link.health = Some(Health { vitals, ..health });
+        // While it loads it says so after each report.
+        link.loading = None;
         let Some(change) = entry.heat.report(now, vitals) else { return false };
         actions.push(Action::Report(node, change.to_string()));
         true
+    }
+
+    /// Notes whether it got on with what it is loading. Less than before is progress, too: what is fetched is then read
+    /// into memory, and counts from nothing; a blob with the wrong hash is fetched again.
+    pub(super) fn loads(&mut self, now: Duration, node: NodeIndex, loading: Loading) {
+        let Some(link) = self.link(node) else { return };
+        link.loading = Some(loading);
+        if loading != link.loaded {
+            (link.loaded, link.progressed) = (loading, now);
+        }
     }
 
     /// A node will not serve any more; the others shall hold what it was to hold.
@@ -331,10 +387,16 @@ impl Cluster {
         entry.note.clear();
     }
 
-    pub(super) fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {
+    pub(super) fn placed(
+        &mut self,
+        now: Duration,
+        (node, placed): (NodeIndex, Placed),
+        actions: &mut Vec<Action>,
+    ) {
         let is = |stage: &Option<Stage>| stage.as_ref().is_some_and(|stage| stage.epoch == placed.epoch);
         let (current, next) = (is(&self.current), is(&self.next));
         let Some(link) = self.link(node) else { return };
+        link.loading = None;
         let order = match (current, next) {
             (true, _) => &mut link.current,
             (_, true) => &mut link.next,
@@ -347,6 +409,8 @@ impl Cluster {
         }
         if placed.refusal.is_empty() {
             *order = Order::Held;
+            link.refusals = 0;
+            link.stood_back = false;
             link.epoch = placed.epoch;
             link.weight_bytes = placed.weight_bytes;
             return;
@@ -356,8 +420,8 @@ impl Cluster {
             // It has better things to do; others take over from it.
             return;
         }
-        link.declined = true;
-        // It is asked again when it reconnects. The others may have room for its part; of a plan that is not in use yet,
+        link.decline(now);
+        // The others may have room for its part; of a plan that is not in use yet,
         // that is seen when it would be.
         if current {
             self.wanted.replaced = Some(node);
@@ -372,6 +436,12 @@ impl Cluster {
             node.barred &= !pardoned;
             if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
                 actions.push(Action::Report(index, "is tried again".into()));
+            }
+            if let Some(link) =
+                node.link.as_mut().filter(|link| link.declined.is_some_and(|until| until <= now))
+            {
+                (link.declined, link.wants_in) = (None, true);
+                actions.push(Action::Report(index, "is asked again to hold experts".into()));
             }
         }
     }

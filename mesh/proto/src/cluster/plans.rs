@@ -6,7 +6,9 @@
 //! comes back is taken if those it was made for are still there as they were; else it is due again.
 //!
 //! A plan that would leave more to the router than the one in use, because somebody died or refused while it was loaded,
-//! is given up: nodes are told to go back to what is in use, which they still hold.
+//! is given up: nodes are told to go back to what is in use, which they still hold. A node with a slow link may load for
+//! hours; it is waited for while it shows progress, and the plan is given up for what is more urgent than it. The price:
+//! another newcomer waits as long.
 
 use std::time::Duration;
 
@@ -96,7 +98,8 @@ impl Cluster {
             return Some(handover);
         }
         if let Some(why) = self.anew_is_due(now) {
-            return self.anew(now, why);
+            let slow = why == Why::Joined && self.newcomers().any(|(_, link)| link.stood_back);
+            return if slow && self.is_missed(now) { self.loss(now) } else { self.anew(now, why) };
         }
         if self.restored && !self.has_waited(now) {
             return None;
@@ -231,6 +234,13 @@ impl Cluster {
         Some((errand, Work::StandIns(Loss { out, gone: Vec::new(), able, step_bytes: u64::MAX })))
     }
 
+    /// Whether nothing has been done yet about what only a lost node held.
+    fn is_missed(&self, now: Duration) -> bool {
+        let unserved = self.policy.patience.unserved;
+        let away = |node: &Node| node.out_since.is_some_and(|since| now.saturating_sub(since) >= unserved);
+        self.nodes.iter().any(|node| away(node) && node.covered < Cover::Served)
+    }
+
     /// Stand-ins for nodes that are away, or copies of what they held.
     fn loss(&self, now: Duration) -> Option<(Errand, Work)> {
         let current = self.current.as_ref()?;
@@ -335,8 +345,13 @@ impl Cluster {
         }
         let held = self.links().map(|(_, link)| link.hello.held_epoch).max().unwrap_or(0);
         self.epoch = self.epoch.max(held) + 1;
-        let stage =
-            Stage { epoch: self.epoch, since: now, plan, change: Change { epoch: self.epoch, ..change } };
+        let stage = Stage {
+            epoch: self.epoch,
+            since: now,
+            lingers: false,
+            plan,
+            change: Change { epoch: self.epoch, ..change },
+        };
         let first = self.current.is_none();
         for capacity in &stage.plan.capacities {
             let entry = &mut self.nodes[usize::from(capacity.node)];
@@ -362,12 +377,13 @@ impl Cluster {
         }
     }
 
-    /// The next plan comes into use when all have answered, if nobody else's experts are lost by that.
+    /// The next plan comes into use when all have answered, if nobody else's experts are lost by that. After
+    /// `SWITCH_WAIT_MAX` it does not wait for all, and if experts are lost by that, only for those that get on, and only
+    /// as long as nothing else is urgent.
     fn resolve(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let Some(next) = &self.next else { return };
-        let loads = |link: &Link| link.next == Order::Sent && link.leaving.is_none();
         let late = now.saturating_sub(next.since) >= SWITCH_WAIT_MAX;
-        if !late && self.links().any(|(_, link)| loads(link)) {
+        if !late && self.links().any(|(_, link)| link.loads_next()) {
             return;
         }
         let open = self.open(next, |_, link| link.next);
@@ -376,10 +392,28 @@ impl Cluster {
         let open_now = self.current.as_ref().map_or(usize::MAX, |current| {
             self.open(current, |node, link| if leaves(node) { Order::NotSent } else { link.current })
         });
-        if open > open_now {
-            self.give_up(now, actions);
-        } else {
+        let comes = |link: &Link| link.loads_next() && link.is_too_slow(now, next.since).is_none();
+        let open_then = self.open(next, |_, link| if comes(link) { Order::Held } else { link.next });
+        if open <= open_now {
             self.switch(now, actions);
+        } else if open_then <= open_now && !self.is_pressed(now, next) {
+            self.next.iter_mut().for_each(|next| next.lingers = true);
+        } else {
+            self.give_up(now, actions);
+        }
+    }
+
+    /// Whether something is due that cannot wait until all have loaded this plan. What they have loaded by then is not
+    /// lost: nodes keep what they fetched on disk.
+    fn is_pressed(&self, now: Duration, next: &Stage) -> bool {
+        let Some((errand, _)) = self.due(now) else { return false };
+        match errand.why {
+            Why::Asked | Why::Replaced | Why::Leaving => true,
+            Why::Lost => {
+                let known = |node| next.change.nodes.contains(node);
+                errand.cover == Cover::Served && !errand.nodes.iter().all(known)
+            }
+            Why::First | Why::Joined | Why::Frequencies | Why::Restored => false,
         }
     }
 
@@ -421,14 +455,19 @@ impl Cluster {
             let suits = current.plan.suits(index, link.hello.memory_bytes, &self.facts);
             let asked = std::mem::replace(&mut link.next, Order::NotSent);
             if asked == Order::Sent && link.leaving.is_none() {
-                link.declined = true;
-                let note = format!("did not load its placement within {} s", SWITCH_WAIT_MAX.as_secs());
-                actions.push(Action::Report(index, note));
+                match link.is_too_slow(now, given_up.since) {
+                    Some(note) => {
+                        link.decline(now);
+                        actions.push(Action::Report(index, note));
+                    }
+                    None => link.stood_back = true,
+                }
             }
             link.wants_in = !suits;
             link.handing_over = false;
             match link.current {
-                Order::Held if asked != Order::NotSent && link.leaving.is_none() => {}
+                // Behind what is given up, which may be loaded yet and would push out what is in use.
+                Order::Held | Order::Sent if asked != Order::NotSent && link.leaving.is_none() => {}
                 Order::NotSent if suits && link.leaving.is_none() => link.current = Order::Sent,
                 _ => continue,
             }

@@ -17,6 +17,8 @@ use crate::routes::NodeIndex;
 pub(super) struct Stage {
     pub(super) epoch: u64,
     pub(super) since: Duration,
+    /// It is being loaded for longer than anybody waits (`SWITCH_WAIT_MAX`), by a node that shows progress.
+    pub(super) lingers: bool,
     pub(super) plan: Plan,
     pub(super) change: Change,
 }
@@ -33,7 +35,7 @@ impl Stage {
             after_ns,
             moved_bytes: 0,
         };
-        Stage { epoch, since: Duration::ZERO, plan, change }
+        Stage { epoch, since: Duration::ZERO, lingers: false, plan, change }
     }
 }
 

@@ -3,7 +3,7 @@
 mod coming;
 mod simulation;
 
-use mesh_wire::control::Vitals;
+use mesh_wire::control::{Loading, Vitals};
 use mesh_wire::id::{ExpertKey, NodeId, Slice};
 
 use super::*;
@@ -314,8 +314,39 @@ fn a_refusal_is_reported_and_the_others_take_over_what_fits() {
     cluster.handle(SECOND, Event::Placed(0, ack(2)));
     assert_eq!((routed(&cluster, 0), cluster.unplaced()), (20, 4));
     assert_eq!(state(&cluster, 1), NodeState::Refused);
-    assert_eq!(cluster.handle(SECOND, Event::Tick), [], "it is not asked again by itself");
-    assert_eq!(places(&cluster.handle(SECOND, Event::Plan)), [(0, 3, 12), (1, 3, 12)], "but on demand");
+    let almost = SECOND + nodes::DECLINED_MIN - Duration::from_millis(1);
+    assert_eq!(cluster.handle(almost, Event::Tick), [], "it is not asked again at once");
+    assert_eq!(places(&cluster.handle(almost, Event::Plan)), [(0, 3, 12), (1, 3, 12)], "but on demand");
+}
+
+#[test]
+fn who_refused_is_asked_again_later_and_later() {
+    let mut cluster = cluster(2);
+    cluster.handle(SECOND, Event::Joined(0, hello(20)));
+    cluster.handle(SECOND, Event::Joined(1, hello(20)));
+    let (mut now, mut epoch, mut pauses) = (SECOND, 1, Vec::new());
+    cluster.handle(now, Event::Placed(0, ack(epoch)));
+    for _ in 0..3 {
+        let refusal = Placed { epoch, weight_bytes: 0, refusal: "disk full".into() };
+        let without = places(&cluster.handle(now, Event::Placed(1, refusal)));
+        let [(0, without, 20)] = without[..] else { panic!("{without:?}") };
+        cluster.handle(now, Event::Placed(0, ack(without)));
+        assert_eq!((state(&cluster, 1), routed(&cluster, 0)), (NodeState::Refused, 20));
+        let refused = now;
+        while state(&cluster, 1) == NodeState::Refused {
+            now += SECOND;
+            let ordered = places(&cluster.handle(now, Event::Tick));
+            if let Some((_, with, _)) = ordered.iter().find(|(node, ..)| *node == 1) {
+                epoch = *with;
+                cluster.handle(now, Event::Placed(0, ack(epoch)));
+            }
+        }
+        pauses.push((now - refused).as_secs());
+    }
+    assert_eq!(pauses, [30, 60, 120]);
+    // There is room now.
+    cluster.handle(now, Event::Placed(1, ack(epoch)));
+    assert_eq!((routed(&cluster, 0), routed(&cluster, 1), cluster.unplaced()), (12, 12, 0));
 }
 
 #[test]

@@ -50,6 +50,7 @@ fn clusters() -> Vec<Seed> {
     let third = [&join(2)[..], &TICK, &TICK, &again].concat();
     let holds = |node: u8, epoch: u8| [0, node, 32, MUCH, FAST, FAST, epoch << 2];
     let used = [12_u8, 0, 0, 9, 200, 200, 201, 0, 250].repeat(10);
+    let slow = [14, 2, 1, 40, 80, 0, 15, 0, LONGEST, 14, 2, 1, 44, 80, 4, 15, 0, LONGEST];
     let hot = [3, 1, 24, 21, 0];
     vec![
         story("two-serve", 0, &[&two]),
@@ -85,7 +86,7 @@ fn clusters() -> Vec<Seed> {
         story(
             "a-stranger",
             0,
-            &[&two, &[0, 5, 0, MUCH, FAST, FAST], &[2, 5, 0], &[7, 5], &[14, 0], &join(3), &TICK],
+            &[&two, &[0, 5, 0, MUCH, FAST, FAST], &[2, 5, 0], &[7, 5], &[14, 0, 0], &join(3), &TICK],
         ),
         story("another-model", 0, &[&two, &[0, 2, 15, MUCH, FAST, FAST], &TICK]),
         story("other-kernels", 4, &[&two, &[0, 2, 16, MUCH, FAST, FAST], &TICK]),
@@ -95,6 +96,11 @@ fn clusters() -> Vec<Seed> {
             &[&[0, 0, 32, MUCH, FAST, FAST, 254], &join(1), &again, &lost(1), &join(1)],
         ),
         story("beyond-the-largest-epoch", 0, &[&two, &[0, 2, 32, MUCH, FAST, FAST, 255], &TICK]),
+        story(
+            "one-loads-slowly",
+            0,
+            &[&two, &join(2), &TICK, &PLANNED, &placed(0), &slow, &TICK, &slow, &[1, 1], &again],
+        ),
         story("claims", 0, &[&[0, 0, 0, 255, 255, 255], &[0, 1, 0, 0, 0, 0], &again]),
         restarted(
             "they-come-back",

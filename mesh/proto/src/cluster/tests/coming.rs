@@ -362,3 +362,105 @@ fn frequencies_that_wander_for_hours_move_next_to_nothing() {
     // Six hours: 36 times it is looked at.
     assert!(stage.used.len() <= 6, "{:?}", stage.used);
 }
+
+/// Of what the slow node has to load.
+const SLOW_BYTES: u64 = 1 << 40;
+
+impl Stage {
+    /// As `run`, but node 2 does not get done; every second it says how far it is: so many bytes further.
+    fn run_beside_slow(&mut self, time: Duration, bytes_s: u64) {
+        let until = self.now + time;
+        while self.now < until {
+            let (kept, others) =
+                std::mem::take(&mut self.orders).into_iter().partition(|(node, _)| *node == 2);
+            self.orders = others;
+            self.run(TENTH);
+            self.orders.splice(0..0, kept);
+            if self.now.as_millis().is_multiple_of(1000) {
+                let done_bytes = self.now.as_secs() * bytes_s;
+                self.event(Event::Loading(2, Loading { done_bytes, total_bytes: SLOW_BYTES, peer_bytes: 0 }));
+            }
+        }
+    }
+
+    /// Two nodes serve, a third one has been asked to load what none of them would hold then.
+    fn with_slow_newcomer() -> Stage {
+        let mut stage = Stage::serving(2, 100);
+        stage.join(2, 100);
+        stage.run_beside_slow(4 * SECOND, 1000);
+        assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch()), (1, Some(2)));
+        stage
+    }
+}
+
+#[test]
+fn a_node_that_shows_progress_is_waited_for_however_slow_it_is() {
+    let mut stage = Stage::with_slow_newcomer();
+    assert!(stage.cluster.may_recover());
+    stage.run_beside_slow(2 * SWITCH_WAIT_MAX, 1000);
+    assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch(), stage.unserved()), (1, Some(2), 0));
+    assert_eq!(state(&stage.cluster, 2), NodeState::Loading);
+    assert!(!stage.cluster.may_recover(), "not soon, as far as anybody can tell");
+    stage.run(SECOND);
+    assert_eq!((stage.cluster.epoch(), routed(&stage.cluster, 2), stage.unserved()), (2, 8, 0));
+    assert!(stage.cluster.settled());
+}
+
+#[test]
+fn a_node_that_stops_making_progress_is_not_waited_for() {
+    let mut stage = Stage::with_slow_newcomer();
+    stage.run_beside_slow(2 * SWITCH_WAIT_MAX, 1000);
+    stage.run_beside_slow(SWITCH_WAIT_MAX - 10 * SECOND, 0);
+    assert_eq!(stage.cluster.next_epoch(), Some(2));
+    stage.run_beside_slow(12 * SECOND, 0);
+    assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch(), stage.unserved()), (1, None, 0));
+    assert_eq!(state(&stage.cluster, 2), NodeState::Refused);
+    stage.run(100 * SECOND);
+    assert_eq!(stage.cluster.epoch(), 1, "it is left out until it comes again");
+}
+
+#[test]
+fn a_node_that_says_forever_that_it_makes_progress_is_not_believed_forever() {
+    let mut stage = Stage::with_slow_newcomer();
+    let began = stage.now;
+    while stage.cluster.next_epoch() == Some(2) {
+        stage.run_beside_slow(60 * SECOND, 1);
+        assert!(stage.now - began < LOADING_MAX + 100 * SECOND);
+    }
+    assert!(stage.now - began >= LOADING_MAX - 10 * SECOND);
+    assert_eq!((state(&stage.cluster, 2), stage.unserved()), (NodeState::Refused, 0));
+}
+
+#[test]
+fn what_is_urgent_does_not_wait_for_a_slow_node_and_that_goes_on_after_it() {
+    let mut stage = Stage::with_slow_newcomer();
+    stage.run_beside_slow(SWITCH_WAIT_MAX - 60 * SECOND, 1000);
+    stage.lose(1);
+    stage.run_beside_slow(30 * SECOND, 1000);
+    assert_eq!((stage.cluster.epoch(), stage.unserved()), (1, 12), "it may be done in a moment");
+    stage.run_beside_slow(60 * SECOND, 1000);
+    assert_eq!((stage.cluster.epoch(), stage.unserved(), stage.why()), (3, 0, Why::Lost));
+    assert_eq!(routed(&stage.cluster, 0), 24);
+    // It was not to blame, and is planned for again.
+    assert_eq!((state(&stage.cluster, 2), stage.cluster.next_epoch()), (NodeState::Loading, Some(4)));
+    stage.run_beside_slow(2 * SWITCH_WAIT_MAX, 1000);
+    assert_eq!(stage.cluster.next_epoch(), Some(4), "the loss is known and nothing more can be done");
+    stage.run(SECOND);
+    assert_eq!((stage.cluster.epoch(), stage.unserved()), (4, 0));
+    assert_eq!([0, 2].map(|node| routed(&stage.cluster, node)), [12, 12]);
+}
+
+#[test]
+fn a_plan_that_lacks_more_than_the_slow_node_is_not_waited_for() {
+    let mut stage = Stage::serving(2, 100);
+    stage.join(2, 100);
+    stage.join(3, 100);
+    stage.run_beside_slow(10 * SECOND, 1000);
+    assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch()), (1, Some(2)));
+    stage.lose(3);
+    stage.run_beside_slow(SWITCH_WAIT_MAX, 1000);
+    assert_eq!((stage.cluster.epoch(), stage.unserved()), (1, 0));
+    assert_eq!(stage.cluster.next_epoch(), Some(3), "without the one that has gone");
+    stage.run(SECOND);
+    assert_eq!([0, 1, 2].map(|node| routed(&stage.cluster, node)), [8, 8, 8]);
+}

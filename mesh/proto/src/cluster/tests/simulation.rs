@@ -173,6 +173,15 @@ impl World {
                 assert!(self.cluster.budget(node, assignments).total >= crate::health::BUDGET_FLOOR);
             }
             16 if self.dice.roll(5) == 0 => self.step(Event::Plan),
+            18 => {
+                let (done_bytes, total_bytes) = (self.dice.roll(3), self.dice.roll(3));
+                self.step(Event::Loading(node, Loading { done_bytes, total_bytes, peer_bytes: 0 }));
+                // A long night: whoever was loading still is.
+                if self.dice.roll(20) == 0 {
+                    self.now += SWITCH_WAIT_MAX;
+                    self.step(Event::Tick);
+                }
+            }
             17 => {
                 // An answer to something it was not asked.
                 let epoch = self.dice.roll(10);
