@@ -24,8 +24,8 @@ pub(super) fn seeds() -> Vec<Seed> {
         let body = [&[frame.op() as u8][..], frame.body()].concat();
         // The last number of an archive is where something is: as far away as can be.
         let mut far = body.clone();
-        let at = body.len() - 8;
-        far[at..at + 4].fill(0xff);
+        let (_, end) = far.split_at_mut(body.len().saturating_sub(8));
+        end.iter_mut().take(4).for_each(|byte| *byte = 0xff);
         seeds.push(Seed::new("control", &format!("weights-{name}"), body));
         seeds.push(Seed::new("control", &format!("weights-{name}-far"), far));
         seeds.push(Seed::new("frame", &format!("weights-{name}"), frame.frame()));
