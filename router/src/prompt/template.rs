@@ -33,7 +33,7 @@ pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' 
 /// Source bytes at most: ten times the longest of a published model.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// Template instructions per rendering: a tenth of a second of work. A long chat takes some ten thousand; one of as many
-/// messages as a request may have MEASURED at most with the templates of published models (`tests`).
+/// messages as a request may have takes half a million at most with the templates of published models (`tests`).
 const FUEL: u64 = 2_000_000;
 /// Stack of compiling and rendering. Operators in a row (`not not ...`) and lists in lists take a frame each, to read, to
 /// print and to free: as many as the source has bytes, or as a fifth of the instructions. It is address space for as long as
