@@ -237,22 +237,23 @@ fn without_generation_tags(source: &str) -> String {
     let mut output = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let inside = &rest[start + 2..start + length];
+        let (before, tag) = rest.split_at(start + 2);
+        let Some(length) = tag.find("%}") else { break };
+        let (inside, after) = tag.split_at(length);
         let word = inside.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
             "generation" => Some(inside.replace("generation", "if true")),
             "endgeneration" => Some(inside.replace("endgeneration", "endif")),
             _ => None,
         };
-        output.push_str(&rest[..start + 2]);
-        match replacement {
+        output.push_str(before);
+        rest = match replacement {
             Some(inside) => {
                 output.push_str(&inside);
-                rest = &rest[start + length..];
+                after
             }
-            None => rest = &rest[start + 2..],
-        }
+            None => tag,
+        };
     }
     output.push_str(rest);
     output
