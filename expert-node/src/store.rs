@@ -131,6 +131,10 @@ impl Store {
             let (digits, partial) = name.strip_suffix(PART).map_or((name, false), |digits| (digits, true));
             let Ok(hash) = blake3::Hash::from_hex(digits) else { continue };
             let found = entry.metadata().map_err(io("look at", &entry.path()))?;
+            // Folders of such names, and names in capitals, are not this program's.
+            if !found.is_file() || name_of(hash.as_bytes()) != digits {
+                continue;
+            }
             if partial {
                 contents.parts.insert(*hash.as_bytes(), found.len());
             } else {
@@ -188,6 +192,7 @@ impl Store {
         }
         let now = SystemTime::now();
         let mut contents = self.contents();
+        self.give_up_misfits(&mut contents, wanted)?;
         for (hash, kept) in contents.kept.iter_mut().filter(|(hash, _)| wanted.contains_key(*hash)) {
             kept.placed = now;
             // Only the order in which blobs are given up after a restart depends on it.
@@ -212,6 +217,26 @@ impl Store {
                 return Err(StoreError::Full { path, needed: more, free: free(self.path()).unwrap_or(0) });
             }
         }
+    }
+
+    /// Deletes blobs that are wanted, but not of the length they have, and parts that are longer than they should become:
+    /// they would be fetched anew in any case, and take room until then.
+    fn give_up_misfits(
+        &self,
+        contents: &mut Contents,
+        wanted: &BTreeMap<Hash, u64>,
+    ) -> Result<(), StoreError> {
+        for (hash, bytes) in wanted {
+            if contents.kept.get(hash).is_some_and(|kept| kept.bytes != *bytes) {
+                remove(&self.file(hash))?;
+                contents.kept.remove(hash);
+            }
+            if contents.parts.get(hash).is_some_and(|part| part > bytes) {
+                remove(&self.part_file(hash))?;
+                contents.parts.remove(hash);
+            }
+        }
+        Ok(())
     }
 
     /// Deletes what is missed least; false where everything is wanted.

@@ -159,6 +159,26 @@ fn parts_count_and_those_that_nobody_wants_go_before_anything_else() {
 }
 
 #[test]
+fn files_of_a_wrong_length_and_what_others_left_do_not_take_the_room_of_what_is_wanted() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder, Some(2 * BYTES as u64));
+    let long = vec![0; 3 * BYTES];
+    std::fs::write(store.file(&blob(1).0), &long).unwrap();
+    std::fs::write(store.part_file(&blob(2).0), &long).unwrap();
+    let (capitals, inside) = (name_of(&blob(3).0).to_uppercase(), store.file(&blob(4).0).join("inside"));
+    std::fs::write(store.folder.file(&capitals), &long).unwrap();
+    std::fs::create_dir_all(&inside).unwrap();
+    drop(store);
+    let store = open(&folder, Some(2 * BYTES as u64));
+    assert_eq!(store.bytes(), 6 * BYTES as u64, "what is not this program's does not count");
+    store.make_room(&wanted(&[1, 2])).unwrap();
+    assert_eq!(store.bytes(), 0);
+    keep(&store, 1);
+    keep(&store, 2);
+    assert!(read(&store, 1) && read(&store, 2) && inside.exists() && store.folder.file(&capitals).exists());
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn a_full_disk_is_named_with_the_file_and_the_need() {
     let folder = tempfile::tempdir().unwrap();

@@ -50,8 +50,12 @@ pub const SWITCH_WAIT_MAX: Duration = Duration::from_secs(600);
 pub const LOADING_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// Largest epoch that is believed of a node. Epochs grow by one per plan; more than this is a broken or hostile
-/// node, and counting on from it could overflow.
+/// node, and counting on from it could overflow. Own epochs are believed beyond it: a node that lies up to here makes the
+/// next plan's epoch greater than this, and honest nodes hold that.
 pub const EPOCH_MAX: u64 = 1 << 48;
+
+/// Largest epoch of an earlier router's plan that is taken up: nobody counts that far from `EPOCH_MAX`.
+const RESTORED_EPOCH_MAX: u64 = 2 * EPOCH_MAX;
 
 /// Times a node may send what no correct node sends before it is left out until the operator pardons it. One may be a
 /// defect of this program; three are a broken machine or a hostile one.
@@ -238,7 +242,7 @@ impl Cluster {
     /// with all members that the plan names.
     pub fn restore(&mut self, stored: Stored) {
         let Stored { epoch, plan } = stored;
-        if epoch < EPOCH_MAX {
+        if epoch < RESTORED_EPOCH_MAX {
             self.current = Some(Stage::restored(epoch, plan));
             (self.epoch, self.restored) = (epoch, true);
         }

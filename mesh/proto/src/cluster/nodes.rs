@@ -192,7 +192,7 @@ impl Cluster {
                 hello.kernels
             ));
         }
-        (hello.held_epoch >= EPOCH_MAX).then(|| {
+        (hello.held_epoch >= EPOCH_MAX && hello.held_epoch > self.epoch).then(|| {
             format!("the node claims to hold epoch {}, which cannot be: restart the node", hello.held_epoch)
         })
     }

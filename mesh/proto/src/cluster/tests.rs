@@ -671,6 +671,25 @@ fn a_restart_with_an_older_plan_goes_beyond_what_nodes_hold() {
 }
 
 #[test]
+fn a_node_that_claims_the_largest_epoch_does_not_shut_the_others_out() {
+    let mut cluster = Direct::with_policy(members(2), facts(), Policy { plan_at_nodes: 2, ..at_once() });
+    cluster.handle(SECOND, Event::Joined(0, Hello { held_epoch: EPOCH_MAX - 1, ..hello(100) }));
+    let placed = places(&cluster.handle(SECOND, Event::Joined(1, hello(100))));
+    assert_eq!(placed, [(0, EPOCH_MAX, 12), (1, EPOCH_MAX, 12)]);
+    cluster.handle(SECOND, Event::Placed(1, ack(EPOCH_MAX)));
+    // An honest node loses its connection and comes back, to this router and to its next start.
+    let back = Hello { held_epoch: EPOCH_MAX, ..hello(100) };
+    let asked = places(&cluster.handle(2 * SECOND, Event::Joined(1, back.clone())));
+    assert_eq!(asked, [(1, EPOCH_MAX, 12)]);
+    let mut next = Direct::with_policy(members(2), facts(), at_once());
+    next.restore(cluster.newest().unwrap());
+    assert_eq!(places(&next.handle(SECOND, Event::Joined(1, back))), [(1, EPOCH_MAX, 12)]);
+    let beyond = Hello { held_epoch: EPOCH_MAX + 1, ..hello(100) };
+    let actions = next.handle(SECOND, Event::Joined(0, beyond));
+    assert!(matches!(&actions[..], [Action::Disconnect(0, why)] if why.contains("restart")), "{actions:?}");
+}
+
+#[test]
 fn without_those_who_are_gone_a_new_node_is_planned_for_after_a_while() {
     let mut cluster = restarted(4);
     cluster.handle(SECOND, Event::Joined(0, hello(100)));

@@ -133,6 +133,7 @@ fn templates() -> Vec<Seed> {
         ("recursion", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"),
         ("long", "{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}"),
         ("long-json", "{{ ([messages] * 1000000)|tojson }}"),
+        ("json-again", "{% for i in range(9) %}{% set x = ([1] * 100000)|tojson(indent=9) %}{% endfor %}"),
         ("indented-json", "{{ messages|tojson(indent='x' * 1000000) }}"),
         ("separated-json", "{{ ([1] * 1000)|tojson(separators=('x' * 1000000, 'y')) }}"),
         (
