@@ -345,8 +345,13 @@ impl Cluster {
         }
         let held = self.links().map(|(_, link)| link.hello.held_epoch).max().unwrap_or(0);
         self.epoch = self.epoch.max(held) + 1;
-        let stage =
-            Stage { epoch: self.epoch, since: now, lingers: false, plan, change: Change { epoch: self.epoch, ..change } };
+        let stage = Stage {
+            epoch: self.epoch,
+            since: now,
+            lingers: false,
+            plan,
+            change: Change { epoch: self.epoch, ..change },
+        };
         let first = self.current.is_none();
         for capacity in &stage.plan.capacities {
             let entry = &mut self.nodes[usize::from(capacity.node)];

@@ -371,7 +371,8 @@ impl Stage {
     fn run_beside_slow(&mut self, time: Duration, bytes_s: u64) {
         let until = self.now + time;
         while self.now < until {
-            let (kept, others) = std::mem::take(&mut self.orders).into_iter().partition(|(node, _)| *node == 2);
+            let (kept, others) =
+                std::mem::take(&mut self.orders).into_iter().partition(|(node, _)| *node == 2);
             self.orders = others;
             self.run(TENTH);
             self.orders.splice(0..0, kept);
