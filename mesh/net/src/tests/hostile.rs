@@ -10,7 +10,7 @@ use mesh_wire::message::Message;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use quinn::ConnectionError;
 
-use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, send};
+use super::harness::{LONG, LONG_US, RawNode, Shaken, frame, hello, hub, keys, layer, reply_to, send};
 use crate::hub::Hub;
 use crate::pending::CallError;
 use crate::stream::read_frame;
