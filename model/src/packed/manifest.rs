@@ -162,8 +162,7 @@ impl PackedFiles {
         manifest.check().map_err(damaged)?;
         let mut files = Vec::with_capacity(manifest.files.len());
         for file in &manifest.files {
-            let opened =
-                OpenFile::open(&directory.join(&file.name)).map_err(|error| damaged(error.0))?;
+            let opened = OpenFile::open(&directory.join(&file.name)).map_err(|error| damaged(error.0))?;
             if opened.map.len() as u64 != file.bytes {
                 return Err(damaged(format!(
                     "{} is {} bytes long, expected {}",
@@ -203,7 +202,10 @@ impl PackedFiles {
     pub fn tensor(&self, name: TensorName) -> Result<Option<Bytes>, ManifestError> {
         let Some(blob) = self.manifest.blobs.get(&name.to_string()) else { return Ok(None) };
         self.check(name, blob)?;
-        Ok(self.files.get(blob.file).and_then(|file| file.map.slice(blob.offset as usize, blob.bytes as usize)))
+        Ok(self
+            .files
+            .get(blob.file)
+            .and_then(|file| file.map.slice(blob.offset as usize, blob.bytes as usize)))
     }
 
     /// Fills `out` with these runs of a tensor's bytes, one after the other; a run of all of them has the hash when it is

@@ -395,7 +395,9 @@ impl Cluster {
             if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
                 actions.push(Action::Report(index, "is tried again".into()));
             }
-            if let Some(link) = node.link.as_mut().filter(|link| link.declined.is_some_and(|until| until <= now)) {
+            if let Some(link) =
+                node.link.as_mut().filter(|link| link.declined.is_some_and(|until| until <= now))
+            {
                 (link.declined, link.wants_in) = (None, true);
                 actions.push(Action::Report(index, "is asked again to hold experts".into()));
             }

@@ -41,7 +41,10 @@ fn open(directory: &Path, manifest: &Value) -> Result<Found, ManifestError> {
 fn a_correct_directory_opens_and_verifies() {
     let (directory, manifest) = packed();
     let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
-    assert_eq!(model.tensor(TensorName::Expert(1, 1)).unwrap().unwrap().len(), Format::Q4.expert_bytes(32, 32));
+    assert_eq!(
+        model.tensor(TensorName::Expert(1, 1)).unwrap().unwrap().len(),
+        Format::Q4.expert_bytes(32, 32)
+    );
     assert!(model.tensor(TensorName::Expert(0, 0)).unwrap().is_none());
     model.verify(&mut { NO_PROGRESS }).unwrap();
     assert!(matches!(PackedFiles::open(Path::new("/nonexistent")), Ok(Found::Nothing)));
@@ -200,13 +203,13 @@ fn only_runs_that_fill_the_place_and_lie_in_the_tensor_are_read() {
     let (directory, manifest) = packed();
     let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
     let bytes = Format::Q4.expert_bytes(32, 32);
-    let read = |name, runs: Vec<Range<usize>>, len: usize| {
-        model.read(name, runs.into_iter(), &mut vec![1; len]).unwrap()
+    let read = |name, runs: &[(usize, usize)], len: usize| {
+        model.read(name, runs.iter().map(|(from, to)| *from..*to), &mut vec![1; len]).unwrap()
     };
     let name = TensorName::Expert(1, 0);
-    assert!(read(name, vec![0..8, 16..24], 16));
-    assert!(!read(name, vec![0..8, 16..24], 17), "not filled");
-    assert!(!read(name, vec![0..8, 16..24], 15), "no room");
-    assert!(!read(name, vec![bytes - 8..bytes + 8], 16), "beyond the tensor");
-    assert!(!read(TensorName::Expert(0, 0), vec![0..8], 8), "no such tensor");
+    assert!(read(name, &[(0, 8), (16, 24)], 16));
+    assert!(!read(name, &[(0, 8), (16, 24)], 17), "not filled");
+    assert!(!read(name, &[(0, 8), (16, 24)], 15), "no room");
+    assert!(!read(name, &[(bytes - 8, bytes + 8)], 16), "beyond the tensor");
+    assert!(!read(TensorName::Expert(0, 0), &[(0, 8)], 8), "no such tensor");
 }
