@@ -16,7 +16,19 @@ const LAYERS: [(&str, &[&str]); 11] = [
     ("expert-node", &["mesh-net", "mesh-proto", "mesh-wire", "model"]),
     ("moemesh", &["expert-node", "mesh-discovery", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-benches", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
-    ("moemesh-tests", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "moemesh", "router"]),
+    (
+        "moemesh-tests",
+        &[
+            "expert-node",
+            "mesh-discovery",
+            "mesh-net",
+            "mesh-proto",
+            "mesh-wire",
+            "model",
+            "moemesh",
+            "router",
+        ],
+    ),
     ("moemesh-fuzz", &["moemesh-tests"]),
 ];
 
