@@ -10,10 +10,12 @@ use mesh_wire::message::Message;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use quinn::ConnectionError;
 
-use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, send};
+use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, runtime, send};
+use crate::endpoint;
 use crate::hub::Hub;
 use crate::pending::CallError;
 use crate::stream::read_frame;
+use crate::tls::SERVER_NAME;
 
 /// Sends `answer(call)` to a call and returns what the router made of it.
 fn answered_with(hub: &Hub, raw: &RawNode, answer: impl FnOnce(&Call) -> Vec<u8>) -> CallError {
@@ -211,18 +213,27 @@ fn a_control_message_that_drips_in_ends_the_connection_and_silence_does_not() {
 fn of_a_machine_that_does_not_introduce_itself_there_are_two_connections_at_a_time() {
     let keys = keys(2);
     let hub = hub(&keys);
-    let closed = |raw: &RawNode| match raw.runtime.block_on(raw.connection.closed()) {
-        ConnectionError::ApplicationClosed(closed) => String::from_utf8_lossy(&closed.reason).into_owned(),
-        other => panic!("{other:?}"),
-    };
-    let many: Vec<_> = (0..6).map(|_| RawNode::connect(&keys, 0, hub.local_addr())).collect();
+    let runtime = runtime();
+    let visits: Vec<_> = (0..6)
+        .map(|_| {
+            let endpoint = runtime.block_on(async { endpoint::dialer(&keys.nodes[0], keys.router(), false) });
+            let (endpoint, router) = (endpoint.unwrap(), hub.local_addr());
+            runtime.spawn(async move {
+                let closed = match endpoint.connect(router, SERVER_NAME).unwrap().await {
+                    Ok(connection) => connection.closed().await,
+                    Err(error) => error,
+                };
+                let ConnectionError::ApplicationClosed(closed) = closed else { panic!("{closed:?}") };
+                String::from_utf8_lossy(&closed.reason).into_owned()
+            })
+        })
+        .collect();
     // They take no place of another machine's.
     let other = RawNode::join(&keys, 1, hub.local_addr());
-    let reasons: Vec<_> = many.iter().map(closed).collect();
+    let reasons: Vec<_> = visits.into_iter().map(|visit| runtime.block_on(visit).unwrap()).collect();
     let busy = reasons.iter().filter(|reason| reason.contains("do not introduce themselves")).count();
     let late = reasons.iter().filter(|reason| reason.contains("no hello")).count();
     assert!(busy >= 1 && late >= 2 && busy + late == 6, "{reasons:?}");
-    drop(many);
     RawNode::join(&keys, 0, hub.local_addr());
     assert!(other.connection.close_reason().is_none());
 }
