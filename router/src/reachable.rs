@@ -5,15 +5,14 @@
 //! kernel's tables, best guess first: the address that packets for the rest of the world would leave from. The price:
 //! addresses behind a translator are not known here; the operator gives those.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use mesh_net::look::leaves_from;
 use mesh_net::token::ADDRESSES_MAX;
 
 /// Addresses for documentation (RFC 5737, RFC 3849): nobody has them, and nothing is sent there.
-const ELSEWHERE: [(IpAddr, IpAddr); 2] = [
-    (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1))),
-    (IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))),
-];
+const ELSEWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 
 /// Where a router that listens here can be reached, best guess first.
 pub(crate) fn addresses(listen: SocketAddr) -> Vec<SocketAddr> {
@@ -39,13 +38,9 @@ pub(crate) fn addresses(listen: SocketAddr) -> Vec<SocketAddr> {
     unique.into_iter().take(ADDRESSES_MAX).map(|ip| SocketAddr::new(ip, listen.port())).collect()
 }
 
-/// The addresses that the system would send from. Connecting a UDP socket sends nothing.
+/// The addresses that the system would send from.
 fn outward() -> Vec<IpAddr> {
-    let from = |(here, there): &(IpAddr, IpAddr)| {
-        let socket = UdpSocket::bind((*here, 0)).ok()?;
-        socket.connect((*there, 9)).ok()?;
-        Some(socket.local_addr().ok()?.ip())
-    };
+    let from = |there: &IpAddr| leaves_from(SocketAddr::new(*there, 9)).ok();
     ELSEWHERE.iter().filter_map(from).collect()
 }
 

@@ -288,10 +288,7 @@ pub(crate) fn dialer_with(
     tls: rustls::ClientConfig,
     ipv6: bool,
 ) -> Result<Endpoint, EndpointError> {
-    let address = match ipv6 {
-        true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-        false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-    };
+    let address = any_port(ipv6);
     let quic = QuicClientConfig::try_from(tls).map_err(TlsError::from)?;
     let mut client = ClientConfig::new(Arc::new(quic));
     client.transport_config(Arc::new(transport(LANE_STREAMS_MAX)?));
@@ -300,6 +297,14 @@ pub(crate) fn dialer_with(
         .map_err(|source| EndpointError::Bind { address, source })?;
     endpoint.set_default_client_config(client);
     Ok(endpoint)
+}
+
+/// Every address of this machine, and a port that the system chooses.
+pub(crate) fn any_port(ipv6: bool) -> SocketAddr {
+    match ipv6 {
+        true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+    }
 }
 
 /// The key a connected peer has proven to own.

@@ -8,14 +8,14 @@
 //! whether the key is taken, how large packets get. Nothing is ever asked for, and nothing is kept.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use mesh_wire::id::NodeId;
 use quinn::{Connection, ConnectionError, Endpoint};
 use tokio::time::{sleep, timeout};
 
-use crate::endpoint::{self, Close, EndpointError, peer_key};
+use crate::endpoint::{self, Close, EndpointError, TLS_ALERTS, any_port, is_revocation, peer_key};
 use crate::identity::Identity;
 use crate::join::{STATEMENT_BYTES, read_statement};
 use crate::keys::{KeyError, random};
@@ -39,10 +39,8 @@ pub const PACKET_BYTES_MIN: usize = 1200;
 /// A version reserved for this very purpose: nobody has it (RFC 9000 section 15).
 const NO_VERSION: [u8; 4] = [0x1a, 0x2a, 0x3a, 0x4a];
 
-/// Where QUIC puts TLS alerts among its codes (RFC 9001 section 4.8); no common protocol, revoked certificate.
-const TLS_ALERTS: u64 = 0x100;
+/// The alert for having no protocol in common.
 const ALERT_NO_PROTOCOL: u64 = TLS_ALERTS + 120;
-const ALERT_REVOKED: u64 = TLS_ALERTS + 44;
 
 /// What is behind a UDP port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,11 +84,7 @@ fn judge_io(error: &std::io::Error) -> Port {
 }
 
 fn try_knock(address: SocketAddr) -> std::io::Result<Port> {
-    let any = match address {
-        SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-    };
-    let socket = UdpSocket::bind(any)?;
+    let socket = UdpSocket::bind(any_port(address.is_ipv6()))?;
     // Only answers of this very address arrive then, and what ICMP says about it.
     socket.connect(address)?;
     socket.set_read_timeout(Some(ANSWER_WITHIN))?;
@@ -140,11 +134,7 @@ pub fn is_there(address: SocketAddr) -> Option<bool> {
 
 /// Address of this machine that packets to there leave from; nothing is sent.
 pub fn leaves_from(address: SocketAddr) -> std::io::Result<IpAddr> {
-    let any: IpAddr = match address {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = UdpSocket::bind((any, 0))?;
+    let socket = UdpSocket::bind(any_port(address.is_ipv6()))?;
     socket.connect(address)?;
     Ok(socket.local_addr()?.ip())
 }
@@ -200,24 +190,19 @@ fn broken(error: impl std::fmt::Display) -> Turned {
 impl From<ConnectionError> for Turned {
     fn from(error: ConnectionError) -> Turned {
         match &error {
+            error if is_revocation(error) => Turned::Revoked,
             ConnectionError::TimedOut => Turned::Silent,
             ConnectionError::TransportError(inner) if inner.reason.contains("certificate") => {
                 Turned::OtherKey
             }
             ConnectionError::ConnectionClosed(close) => match u64::from(close.error_code) {
                 ALERT_NO_PROTOCOL => Turned::Version,
-                ALERT_REVOKED => Turned::Revoked,
                 code if code == u64::from(quinn::TransportErrorCode::CONNECTION_REFUSED) => Turned::Busy,
                 code if code & 0xff00 == TLS_ALERTS => Turned::Stranger,
                 _ => broken(error),
             },
-            ConnectionError::ApplicationClosed(closed) => {
-                let is = |close: Close| closed.error_code == close.into();
-                match () {
-                    () if is(Close::Revoked) => Turned::Revoked,
-                    () if is(Close::Busy) => Turned::Busy,
-                    () => broken(error),
-                }
+            ConnectionError::ApplicationClosed(closed) if closed.error_code == Close::Busy.into() => {
+                Turned::Busy
             }
             _ => broken(error),
         }
