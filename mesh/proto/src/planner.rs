@@ -79,17 +79,20 @@ impl fmt::Debug for Proposal {
 impl Task {
     /// Does it. Takes as long as `placement::plan`.
     pub fn work(&self) -> Proposal {
-        let before = self.before.as_ref();
-        let before_ns = before.map(|plan| self.predicted(plan, &self.serving).token_ns);
-        let nothing = Proposal { ticket: self.ticket, plan: None, before_ns, moved_bytes: 0, more: false };
-        match &self.work {
-            Work::Anew(nodes) => self.anew(nodes, nothing),
-            Work::StandIns(loss) => before.map_or(nothing.clone(), |plan| self.stand_in(plan, loss, nothing)),
-            Work::Tune => before.map_or(nothing.clone(), |plan| self.tune(plan, nothing)),
+        match (&self.work, &self.before) {
+            (Work::Anew(nodes), _) => self.anew(nodes),
+            (Work::StandIns(loss), Some(before)) => self.stand_in(before, loss),
+            (Work::Tune, Some(before)) => self.tune(before),
+            (Work::StandIns(_) | Work::Tune, None) => self.nothing(None),
         }
     }
 
-    fn anew(&self, nodes: &[Capacity], nothing: Proposal) -> Proposal {
+    /// That nothing can be made better than the plan before, with what is predicted of it.
+    fn nothing(&self, before_ns: Option<u64>) -> Proposal {
+        Proposal { ticket: self.ticket, plan: None, before_ns, moved_bytes: 0, more: false }
+    }
+
+    fn anew(&self, nodes: &[Capacity]) -> Proposal {
         let mut plan = plan(&self.facts, nodes, &self.wishes, self.before.as_ref());
         if let Some(popularity) = &self.popularity {
             plan.table = tuned(&self.facts, &plan, popularity, MOVE_MAX);
@@ -97,7 +100,7 @@ impl Task {
         }
         let moved_bytes = self.moved_bytes(&plan);
         let before_ns = self.before.as_ref().map(|before| self.predicted_by(before, &plan));
-        Proposal { plan: Some(plan), moved_bytes, before_ns, ..nothing }
+        Proposal { plan: Some(plan), moved_bytes, ..self.nothing(before_ns) }
     }
 
     /// What a token takes by the plan before, with the figures that the new one was made with: what was measured of
@@ -108,11 +111,11 @@ impl Task {
         self.predicted(&Plan { capacities, ..before.clone() }, &self.serving).token_ns
     }
 
-    fn stand_in(&self, before: &Plan, loss: &Loss, nothing: Proposal) -> Proposal {
+    fn stand_in(&self, before: &Plan, loss: &Loss) -> Proposal {
         let stood_in = stand_in(&self.facts, before, loss, self.popularity.as_ref());
         if stood_in.open > 0 && !stood_in.more {
             // Cut in another way, or with fewer copies of the rest, there may be room for all.
-            let anew = self.anew(&loss.able, nothing.clone());
+            let anew = self.anew(&loss.able);
             let open = |plan: &Plan| open_parts(&plan.table, &loss.out);
             let parts = |plan: &Plan| plan.table.all().count().max(1);
             // Parts may be of other sizes: shares of all are compared.
@@ -121,6 +124,7 @@ impl Task {
                 return anew;
             }
         }
+        let nothing = self.nothing(Some(self.predicted(before, &self.serving).token_ns));
         if stood_in.moved_bytes == 0 {
             return Proposal { more: stood_in.more, ..nothing };
         }
@@ -131,11 +135,12 @@ impl Task {
         Proposal { plan: Some(plan), moved_bytes: stood_in.moved_bytes, more: stood_in.more, ..nothing }
     }
 
-    fn tune(&self, before: &Plan, nothing: Proposal) -> Proposal {
+    fn tune(&self, before: &Plan) -> Proposal {
+        let now = self.predicted(before, &self.serving).token_ns;
+        let nothing = self.nothing(Some(now));
         let Some(popularity) = &self.popularity else { return nothing };
         let mut plan = Plan { table: tuned(&self.facts, before, popularity, MOVE_MAX), ..before.clone() };
         plan.predicted = self.predicted(&plan, &members(&plan));
-        let now = nothing.before_ns.unwrap_or(0);
         let better = u128::from(plan.predicted.token_ns) * 100 < u128::from(now) * u128::from(100 - GAIN_MIN);
         if !better {
             return nothing;
