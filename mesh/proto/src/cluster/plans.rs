@@ -234,11 +234,16 @@ impl Cluster {
         Some((errand, Work::StandIns(Loss { out, gone: Vec::new(), able, step_bytes: u64::MAX })))
     }
 
+    /// Nodes that are away for so long, and for which less than this was done.
+    fn away(&self, now: Duration, than: Duration, cover: Cover) -> impl Iterator<Item = NodeIndex> {
+        let long = move |node: &Node| node.out_since.is_some_and(|since| now.saturating_sub(since) >= than);
+        let of = move |(_, node): &(NodeIndex, &Node)| long(node) && node.covered < cover;
+        (0..).zip(&self.nodes).filter(of).map(|(node, _)| node)
+    }
+
     /// Whether nothing has been done yet about what only a lost node held.
     fn is_missed(&self, now: Duration) -> bool {
-        let unserved = self.policy.patience.unserved;
-        let away = |node: &Node| node.out_since.is_some_and(|since| now.saturating_sub(since) >= unserved);
-        self.nodes.iter().any(|node| away(node) && node.covered < Cover::Served)
+        self.away(now, self.policy.patience.unserved, Cover::Served).next().is_some()
     }
 
     /// Stand-ins for nodes that are away, or copies of what they held.
@@ -248,14 +253,8 @@ impl Cluster {
             return None;
         }
         let patience = &self.policy.patience;
-        let away = |than: Duration, cover: Cover| {
-            let of = move |(_, node): &(NodeIndex, &Node)| {
-                let long = node.out_since.is_some_and(|since| now.saturating_sub(since) >= than);
-                long && node.covered < cover
-            };
-            (0..).zip(&self.nodes).filter(of).map(|(node, _)| node).collect::<Vec<NodeIndex>>()
-        };
-        let (urgent, lost) = (away(patience.unserved, Cover::Served), away(patience.lost, Cover::Whole));
+        let urgent: Vec<NodeIndex> = self.away(now, patience.unserved, Cover::Served).collect();
+        let lost: Vec<NodeIndex> = self.away(now, patience.lost, Cover::Whole).collect();
         let (nodes, gone, cover) = match (urgent.is_empty(), lost.is_empty()) {
             (false, _) => (urgent, Vec::new(), Cover::Served),
             (true, false) => (lost.clone(), lost, Cover::Whole),
