@@ -167,7 +167,6 @@ impl http::Cluster for ClusterView {
 fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], measured: &Measured) -> Value {
     let outlook = hub.and_then(Hub::outlook);
     let nodes: Vec<NodeStatus> = hub.iter().flat_map(|hub| hub.nodes()).collect();
-    let names: Vec<String> = nodes.iter().map(|node| node.name.clone()).collect();
     let planned = |node: usize| {
         let shares = outlook.iter().flat_map(|outlook| &outlook.shares);
         shares.copied().find(|share| usize::from(share.node) == node)
@@ -196,12 +195,13 @@ fn nodes_json(hub: Option<&Hub>, status: &EngineStatus, places: &[Place], measur
         }
         row
     };
-    let nodes: Vec<Value> = shown.map(row).collect();
-    let name = |node: NodeIndex| names.get(usize::from(node)).cloned().unwrap_or_default();
+    let rows: Vec<Value> = shown.map(row).collect();
+    let name =
+        |node: NodeIndex| nodes.get(usize::from(node)).map(|node| node.name.clone()).unwrap_or_default();
     let change = hub.and_then(Hub::last_change).map(|change| change_json(&change, name, status.paces));
     let loading = hub.and_then(Hub::coming_change).map(|change| change_json(&change, name, Paces::default()));
     json!({
-        "nodes": nodes,
+        "nodes": rows,
         "router": router,
         "plan": outlook.as_ref().map(plan_json),
         "change": change,
