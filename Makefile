@@ -83,7 +83,7 @@ lab:
 	@$(SUDO) tests/lab/lab --requirements
 ifndef MOEMESH
 	@echo "==> building moemesh without libtorch"
-	@$(CARGO) build --release -p moemesh -p moemesh-tests --no-default-features --bin moemesh --bin liar --bin thief
+	@$(CARGO) build --release -p moemesh -p moemesh-tests --no-default-features --bin moemesh --bin liar --bin thief --bin nuisance
 endif
 	@mkdir -p $(TARGET_DIR)
 	@$(SUDO) env MOEMESH=$(or $(MOEMESH),$(TARGET_DIR)/release/moemesh) MOEMESH_ROGUES=$(or $(MOEMESH_ROGUES),$(if $(MOEMESH),,$(TARGET_DIR)/release)) MOEMESH_CACHE=$(MOEMESH_CACHE) \

@@ -4,8 +4,7 @@
 //! a node answers calls of two epochs. Experts are pure, so what both contain is one copy in memory; what
 //! differs per epoch is only which experts exist. Weights are copied out of the mapped model once, into arenas of
 //! `ARENA_BYTES`: a mapped file is evicted under pressure, and thousands of single allocations would each be rounded
-//! up to huge pages. Of a slice only its own bytes are read; one that lies within what the last epoch held of its
-//! expert is cut from that, without a disk.
+//! up to huge pages. A slice that lies within what the last epoch held of its expert is cut from that, without a disk.
 //!
 //! Loading runs beside the worker; the table it reads is replaced as a whole at the end. The price: experts of
 //! an arena are freed together, so after a re-placement up to one arena per layer is kept for the few experts of it
@@ -78,7 +77,7 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// BLAKE3 of the model's manifest.
     fn fingerprint(&self) -> [u8; 32];
 
-    /// Writes the packed bytes of an expert or a slice of one to `out`, which has their length, and reads no others.
+    /// Writes the packed bytes of an expert or a slice of one to `out`, which has their length.
     ///
     /// # Errors
     /// Where there is no such expert, or its bytes cannot be read.

@@ -132,8 +132,8 @@ impl Store {
             let (digits, partial) = name.strip_suffix(PART).map_or((name, false), |digits| (digits, true));
             let Ok(hash) = blake3::Hash::from_hex(digits) else { continue };
             let found = entry.metadata().map_err(io("look at", &entry.path()))?;
-            // Not a link either: what it leads to is not this folder's.
-            if !found.is_file() {
+            // Links, folders of such names, and names in capitals are not this program's.
+            if !found.is_file() || name_of(hash.as_bytes()) != digits {
                 continue;
             }
             if partial {
@@ -165,9 +165,19 @@ impl Store {
         self.contents().bytes()
     }
 
-    /// Whether it has this blob, complete and of this length.
+    /// Whether it has this blob, complete and of this length. One that lost a part of it since it got its name is named
+    /// and given up.
     pub fn holds(&self, hash: &Hash, bytes: u64) -> bool {
-        self.contents().kept.get(hash).is_some_and(|kept| kept.bytes == bytes)
+        let Some(kept) = self.contents().kept.get(hash).copied() else { return false };
+        if kept.bytes == bytes {
+            return true;
+        }
+        let why = format!("it is {} bytes long instead of {bytes}", kept.bytes);
+        if let Err(error) = self.give_up_damaged(hash, &why) {
+            // Whoever writes the new one over it will say so again.
+            tracing::error!(%error, "a damaged file stays");
+        }
+        false
     }
 
     /// Makes room for these blobs, each with its length, and notes that they are wanted now. What of them is there
@@ -183,6 +193,7 @@ impl Store {
         }
         let now = SystemTime::now();
         let mut contents = self.contents();
+        self.give_up_misfits(&mut contents, wanted)?;
         for (hash, kept) in contents.kept.iter_mut().filter(|(hash, _)| wanted.contains_key(*hash)) {
             kept.placed = now;
             // Only the order in which blobs are given up after a restart depends on it.
@@ -207,6 +218,26 @@ impl Store {
                 return Err(StoreError::Full { path, needed: more, free: free(self.path()).unwrap_or(0) });
             }
         }
+    }
+
+    /// Deletes blobs that are wanted, but not of the length they have, and parts that are longer than they should become:
+    /// they would be fetched anew in any case, and take room until then.
+    fn give_up_misfits(
+        &self,
+        contents: &mut Contents,
+        wanted: &BTreeMap<Hash, u64>,
+    ) -> Result<(), StoreError> {
+        for (hash, bytes) in wanted {
+            if contents.kept.get(hash).is_some_and(|kept| kept.bytes != *bytes) {
+                remove(&self.file(hash))?;
+                contents.kept.remove(hash);
+            }
+            if contents.parts.get(hash).is_some_and(|part| part > bytes) {
+                remove(&self.part_file(hash))?;
+                contents.parts.remove(hash);
+            }
+        }
+        Ok(())
     }
 
     /// Deletes what is missed least; false where everything is wanted.

@@ -56,6 +56,9 @@ pub enum DecodeError {
     /// A kernel refused.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The mapped embedding cannot be used any more.
+    #[error(transparent)]
+    Open(#[from] OpenError),
 }
 
 /// Why a decoder could not be built.

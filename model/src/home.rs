@@ -15,8 +15,8 @@ use crate::format::{blocks, slice_width};
 use crate::kernel::measure::{self, Sample};
 use crate::kernel::{Assignment, KernelError, Kernels, LayerExperts, PartialSums};
 use crate::open::{Model, OpenError};
-use crate::packed::PackedExpert;
 use crate::packed::slice::gather;
+use crate::packed::{PackedExpert, TensorName};
 
 /// Bytes of slices that are kept for the next call. A router needs them while nodes are gone, beside everything else
 /// it holds; slices of one lost machine of a home cluster fit.
@@ -188,6 +188,12 @@ impl Home {
         if let Some(Held { packed, runs: Some(runs) }) = held
             && experts.clone().all(|expert| packed.contains_key(&expert))
         {
+            let mapped =
+                |expert: &u16| is_whole && self.residency == Residency::Mapped && *expert >= home.resident;
+            if let (Some(expert), Ok(layer)) = (experts.clone().find(mapped), u16::try_from(layer)) {
+                // All of a layer are in one file.
+                model.check_length(TensorName::Expert(layer, expert))?;
+            }
             return Ok(Arc::clone(runs));
         }
         let room = self.slices_bytes_max.saturating_sub(self.slices_bytes());

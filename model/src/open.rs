@@ -7,6 +7,7 @@ use crate::format::Format;
 use crate::json::shown;
 use crate::pack::{self, PackError};
 use crate::packed::manifest::PackedFiles;
+use crate::packed::slice::runs;
 use crate::packed::{PackedExpert, PackedMatrix, TensorKind, TensorName, kind};
 use crate::region::Bytes;
 use crate::synthetic::{self, Synthetic};
@@ -147,7 +148,10 @@ impl Model {
     }
 
     /// Writes blocks `from..to` of an expert, packed like an expert of that width (`packed::slice`), to `out`, which has
-    /// their length. Reads, or makes, no other bytes of it.
+    /// their length. Of a directory: read from the file, after its hash was compared.
+    ///
+    /// # Errors
+    /// There are no such blocks; the file is damaged or cannot be read, and is named.
     pub fn write_slice(
         &self,
         (layer, expert): (u16, u16),
@@ -155,11 +159,26 @@ impl Model {
         out: &mut [u8],
     ) -> Result<(), OpenError> {
         let name = TensorName::Expert(layer, expert);
-        let written = match &self.weights {
-            Weights::Packed(_) => self.expert(layer.into(), expert.into())?.write_slice((from, to), out),
-            Weights::Synthetic(made) => made.write_slice(name, (from, to), out),
+        let absent = || OpenError(format!("{} has no blocks {from}..{to} of {name}", self.name));
+        let files = match &self.weights {
+            Weights::Packed(files) => files,
+            Weights::Synthetic(made) => return made.write_slice(name, (from, to), out).ok_or_else(absent),
         };
-        written.ok_or_else(|| OpenError(format!("{} has no blocks {from}..{to} of {name}", self.name)))
+        let size = (self.config.hidden, self.config.moe.inter);
+        let runs = runs(self.format, size, (from, to)).ok_or_else(absent)?;
+        let written = files.read(name, runs, out).map_err(|error| OpenError(error.0))?;
+        if written { Ok(()) } else { Err(absent()) }
+    }
+
+    /// Whether views of this tensor may be touched: a mapped file that became shorter ends the process when it is.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn check_length(&self, name: TensorName) -> Result<(), OpenError> {
+        match &self.weights {
+            Weights::Packed(files) => files.check_length(name).map_err(|error| OpenError(error.0)),
+            Weights::Synthetic(_) => Ok(()),
+        }
     }
 
     /// Combine step of a MoE layer, as a power of two. 0 for a layer that has no experts.
@@ -194,7 +213,7 @@ impl Model {
 
     fn bytes(&self, name: TensorName) -> Result<Bytes, OpenError> {
         let bytes = match &self.weights {
-            Weights::Packed(files) => files.tensor(name),
+            Weights::Packed(files) => files.tensor(name).map_err(|error| OpenError(error.0))?,
             Weights::Synthetic(made) => made.tensor(name),
         };
         bytes.ok_or_else(|| self.absent(name))

@@ -408,7 +408,8 @@ impl Engine {
                 let failure = GenerateError::ExpertsUnavailable { experts: experts.to_string() };
                 (owners.into_iter().collect(), failure)
             }
-            ForwardError::Decode(DecodeError::Kernel(_)) | ForwardError::Layer(LayerError::Home(_)) => {
+            ForwardError::Decode(DecodeError::Kernel(_) | DecodeError::Open(_))
+            | ForwardError::Layer(LayerError::Home(_)) => {
                 (plan.ids(), GenerateError::Numeric(error.to_string()))
             }
         };

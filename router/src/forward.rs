@@ -24,6 +24,7 @@ use model::kernel::native::Native;
 use model::kernel::native::attend::Run;
 use model::kernel::native::kv::KvCache;
 use model::open::Model;
+use model::packed::TensorName;
 
 use crate::audit::{Audit, AuditView};
 use crate::cost::{StepCost, lap};
@@ -82,6 +83,7 @@ pub struct Forward {
     kv: KvCache,
     parts: Vec<Part>,
     experts: Remote,
+    model: Arc<Model>,
     kv_block_bytes: u64,
     weight_bytes: u64,
     /// Experts per layer that are held here from the start.
@@ -148,9 +150,10 @@ impl Forward {
             resident,
             experts: Remote {
                 dispatch: Dispatch::new(hub, shape, replicated),
-                home: Home::new(model, kernels, residency),
+                home: Home::new(Arc::clone(&model), kernels, residency),
             },
             decoder,
+            model,
         })
     }
 
@@ -263,6 +266,8 @@ impl Forward {
         let runs = cut(step.runs, step.tokens.len(), parts);
         let mut clock = Instant::now();
         let mut first_row = 0;
+        // The one tensor of the decoder's that stays where it is mapped.
+        self.model.check_length(TensorName::Embedding).map_err(DecodeError::from)?;
         for (part, runs) in self.parts.iter_mut().zip(&runs) {
             (part.first_row, part.rows) = (first_row, runs.iter().map(|run| run.len).sum());
             first_row += part.rows;
@@ -378,7 +383,7 @@ fn in_step(error: DecodeError, first_row: usize) -> DecodeError {
         DecodeError::NotFinite { layer, stage, row } => {
             DecodeError::NotFinite { layer, stage, row: first_row + row }
         }
-        other @ DecodeError::Kernel(_) => other,
+        other @ (DecodeError::Kernel(_) | DecodeError::Open(_)) => other,
     }
 }
 

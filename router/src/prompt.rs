@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 
 use crate::stream::Vocabulary;
 pub use files::{Defaults, SpecialTokens};
-pub use template::{ChatTemplate, TemplateError};
+pub use template::{ChatTemplate, Limits, TemplateError};
 use tokenizer::Encoder;
 
 /// Why the files of a model cannot be used. Names the file and what to do.

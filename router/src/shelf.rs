@@ -1,8 +1,8 @@
 //! What the router lends to nodes: every expert of its packed model, whole or in slices.
 //!
-//! Whole experts of a packed directory are views of the mapped file and their hashes are in its manifest. Slices, and
-//! experts of a synthetic model, are made when they are asked for, in memory that lives as long as they are sent;
-//! their hashes are computed, which takes about as long as reading them. Synthetic experts are hashed once and
+//! What is lent is read from the packed directory, or made from a synthetic model, when it is asked for, into memory that
+//! lives as long as it is sent: a file that is damaged or became shorter is refused by name. Hashes of whole experts of a
+//! directory are in its manifest; others are computed, which takes about as long as reading them. Synthetic experts are hashed once and
 //! remembered: a node asks for all it is to hold. Refuses experts and blocks that the model has not, by name.
 
 use std::collections::HashMap;
@@ -98,12 +98,7 @@ impl Shelf for ModelShelf {
     }
 
     fn open(&self, slice: Slice, _: Hash) -> Result<Box<dyn Blob>, NotLent> {
-        let (layer, expert) = (slice.key.layer.into(), slice.key.expert.into());
-        let bytes = match self.is_whole(&slice) {
-            true => self.model.expert(layer, expert).map_err(absent)?.bytes,
-            false => self.part(&slice)?,
-        };
-        Ok(Box::new(Opened(bytes)))
+        Ok(Box::new(Opened(self.part(&slice)?)))
     }
 }
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from client import PROMPTS, Client, Told
+from faketime import environment
 from net import Lan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -52,6 +53,10 @@ class Shape(NamedTuple):
     node: tuple[str, ...] = ()
     # Length of the stories it is asked for: some 0.6 s at full speed.
     tokens: int = 400
+    # Whether nodes have the model; those that have not fetch it.
+    empty: bool = False
+    # Machines whose clocks are wrong, and by how much (clocks.py).
+    clocks: tuple[tuple[str, str], ...] = ()
 
 
 class Program:
@@ -112,10 +117,17 @@ class Process:
     """One process on one machine."""
 
     def __init__(
-        self, program: Program, lan: Lan, machine: str, arguments: list[str], log: pathlib.Path, lie: Lie | None = None
+        self,
+        program: Program,
+        lan: Lan,
+        machine: str,
+        arguments: list[str],
+        log: pathlib.Path,
+        lie: Lie | None = None,
+        more: dict[str, str] | None = None,
     ) -> None:
         self.machine = machine
-        path, more = (lie.program, {"MOEMESH_LIE": lie.way}) if lie else (program.path, {})
+        path, more = (lie.program, {"MOEMESH_LIE": lie.way}) if lie else (program.path, more or {})
         self.log = log
         self.began = time.monotonic()
         with lan.at(machine), log.open("ab") as errors:
@@ -244,7 +256,9 @@ class Cluster:
         listen = ["--listen", f"0.0.0.0:{MESH_PORT}", "--http", "0.0.0.0:8620", "--api-key", KEY, "--announce"]
         arguments = ["router", *self.home("router"), "--model", str(self.program.model), *listen]
         arguments += ["--expect", str(self.shape.nodes), *self.shape.router]
-        router = Process(self.program, self.lan, "router", arguments, self.folder / "router.log")
+        arguments = [argument.replace("{own}", str(self.folder)) for argument in arguments]
+        more = self.clock("router")
+        router = Process(self.program, self.lan, "router", arguments, self.folder / "router.log", more=more)
         router.announced("http")
         self.earlier.clear()
         return router
@@ -254,19 +268,26 @@ class Cluster:
             # Its end will be a loss besides that of the honest one before it.
             self.struck[name].append(time.monotonic())
         join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
-        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *self.node_flags(name)]
+        model = [] if self.shape.empty else ["--model", str(self.program.model)]
+        arguments = ["node", *self.home(name), *join, *model, *self.node_flags(name)]
         # The API answers once the router is ready, so not while nodes start for the first time.
         self.earlier[name] = self.node(name)["connections"] if name in self.nodes else 0
-        self.nodes[name] = Process(self.program, self.lan, name, arguments, self.folder / f"{name}.log", lie)
+        log, more = self.folder / f"{name}.log", self.clock(name)
+        self.nodes[name] = Process(self.program, self.lan, name, arguments, log, lie, more)
         return self.nodes[name]
 
-    def start_guest(self, name: str, machine: str, flags: tuple[str, ...]) -> Process:
-        """A node that is not one of the cluster's own, on a machine that may do something else besides."""
-        join = [] if (self.folder / name).exists() else ["--name", name, "--join", self.token()]
-        arguments = ["node", *self.home(name), *join, "--model", str(self.program.model), *flags]
+    def start_guest(
+        self, name: str, machine: str, flags: tuple[str, ...], empty: bool = False, token: str | None = None
+    ) -> Process:
+        """A node that is not one of the cluster's own, on a machine that may do something else besides; an `empty` one has no
+        model, and fetches what it needs."""
+        join = [] if (self.folder / name).exists() else ["--name", name, "--join", token or self.token()]
+        model = [] if empty else ["--model", str(self.program.model)]
+        arguments = ["node", *self.home(name), *join, *model, *flags]
         known = [node for node in self.state()["nodes"] if node["name"] == name]
         self.earlier[name] = known[0]["connections"] if known else 0
-        self.nodes[name] = Process(self.program, self.lan, machine, arguments, self.folder / f"{name}.log")
+        log, more = self.folder / f"{name}.log", self.clock(machine)
+        self.nodes[name] = Process(self.program, self.lan, machine, arguments, log, more=more)
         return self.nodes[name]
 
     def spared(self) -> list[str]:
@@ -285,6 +306,11 @@ class Cluster:
     def node_flags(self, name: str) -> tuple[str, ...]:
         """What this node is started with besides. `{own}` becomes a path of its own."""
         return tuple(flag.replace("{own}", str(self.folder / name)) for flag in self.shape.node)
+
+    def clock(self, machine: str) -> dict[str, str]:
+        """What makes a process of this machine see another time than there is."""
+        by = dict(self.shape.clocks).get(machine)
+        return environment(self.folder / f"{machine}.clock", by) if by else {}
 
     def home(self, name: str) -> list[str]:
         """The argument that names a machine's folder of keys and membership."""

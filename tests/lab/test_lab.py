@@ -6,8 +6,12 @@ import json
 import pathlib
 import random
 import socket
+import tempfile
 import unittest
+import unittest.mock
 
+import disks
+import faketime
 import mdns
 import oracles
 import relay
@@ -227,7 +231,35 @@ class Rows(unittest.TestCase):
     def test_every_row_of_the_issue_is_there(self) -> None:
         script("lab")
         rows = {int("".join(filter(str.isdigit, entry.row))) for entry in chosen(None)}
-        self.assertEqual(rows, {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 16, 18, 23, 27, 28, 29, 30, 31, 32, 36, 39})
+        self.assertLessEqual({*range(1, 17), 18, 20, 21, 22, 23, *range(27, 33), *range(36, 40)}, rows)
+
+
+class Clocks(unittest.TestCase):
+    def test_a_clock_is_a_file_that_is_set_as_a_whole_and_kept(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            clock = pathlib.Path(folder) / "node-1.clock"
+            self.assertEqual(faketime.environment(clock, "+10y")["FAKETIME_TIMESTAMP_FILE"], str(clock))
+            faketime.set_clock(clock, "-10y")
+            # A process that is started again finds the clock as it was set.
+            faketime.environment(clock, "+10y")
+            self.assertEqual(clock.read_text(), "-10y\n")
+            self.assertEqual([path.name for path in clock.parent.iterdir()], [clock.name])
+
+    def test_without_the_library_it_is_said_what_to_install(self) -> None:
+        with unittest.mock.patch.object(faketime, "PLACES", ("/nowhere",)):
+            self.assertIn("apt-get install libfaketime", faketime.missing())
+
+
+class Rot(unittest.TestCase):
+    def test_one_bit_is_flipped_and_flipped_back(self) -> None:
+        script("lab")
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "blob"
+            path.write_bytes(bytes(4))
+            disks.flip(path, 19)
+            self.assertEqual(path.read_bytes(), bytes([0, 0, 8, 0]))
+            disks.flip(path, 19)
+            self.assertEqual(path.read_bytes(), bytes(4))
 
 
 class Claims(unittest.TestCase):

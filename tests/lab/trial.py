@@ -37,7 +37,7 @@ class Options:
     program: pathlib.Path
     kills: int
     seed: int
-    # Where the programs `liar` and `thief` are.
+    # Where the programs `liar`, `thief` and `nuisance` are.
     rogues: pathlib.Path | None
     long: bool
 

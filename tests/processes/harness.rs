@@ -19,8 +19,9 @@ use ureq::http::HeaderMap;
 
 /// A request that takes longer hangs; the slowest take a second on a busy machine.
 const HANGS_AFTER: Duration = Duration::from_secs(120);
-/// Requests asked while waiting for the cluster to change; each takes milliseconds.
-pub(crate) const POLLS_MAX: usize = 4000;
+/// Requests asked while waiting for the cluster to change; each takes two milliseconds or more, and the slowest of what is
+/// waited for, energy, is noted every ten seconds.
+pub(crate) const POLLS_MAX: usize = 20_000;
 /// Opening of every story.
 pub(crate) const OPENING: &str = "Once upon a time there was a poor woodcutter who lived with his wife";
 

@@ -9,11 +9,15 @@
 
 pub mod seeds;
 
+mod cluster;
+mod discovery;
 mod files;
 mod http;
 mod placement;
 mod prompt;
+mod store;
 mod trust;
+mod weights;
 mod wire;
 
 use std::fmt::Display;
@@ -34,8 +38,10 @@ pub type Check = fn(&[u8]) -> Verdict;
 pub const TARGETS: &[(&str, Check)] = &[
     ("call", wire::call),
     ("checkpoint_index", files::checkpoint_index),
+    ("cluster", cluster::cluster),
     ("config", files::config),
     ("control", wire::control),
+    ("discovery", discovery::discovery),
     ("frame", wire::frame),
     ("http", http::http),
     ("join", trust::join),
@@ -45,6 +51,7 @@ pub const TARGETS: &[(&str, Check)] = &[
     ("reply", wire::reply),
     ("roster", trust::roster),
     ("safetensors", files::safetensors),
+    ("store", store::store),
     ("template", prompt::template),
     ("tickets", trust::tickets),
     ("token", trust::token),

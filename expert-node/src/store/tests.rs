@@ -49,8 +49,9 @@ fn what_was_kept_is_there_after_a_restart_and_checked_when_it_is_read() {
     drop(store);
     std::fs::write(folder.path().join("store/README"), "not ours").unwrap();
     let store = open(&folder, None);
-    assert!(store.holds(&blob(1).0, BYTES as u64) && !store.holds(&blob(1).0, 7) && read(&store, 1));
+    assert!(store.holds(&blob(1).0, BYTES as u64) && read(&store, 1));
     assert_eq!(store.bytes(), BYTES as u64, "files of others do not count");
+    assert!(!store.holds(&blob(1).0, 7) && !read(&store, 1), "of another length it is damaged, and given up");
 }
 
 #[test]
@@ -155,6 +156,26 @@ fn parts_count_and_those_that_nobody_wants_go_before_anything_else() {
     assert!(store.part_file(&blob(2).0).exists() && read(&store, 1));
     store.make_room(&wanted(&[3])).unwrap();
     assert!(!store.part_file(&blob(2).0).exists() && read(&store, 1));
+}
+
+#[test]
+fn files_of_a_wrong_length_and_what_others_left_do_not_take_the_room_of_what_is_wanted() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder, Some(2 * BYTES as u64));
+    let long = vec![0; 3 * BYTES];
+    std::fs::write(store.file(&blob(1).0), &long).unwrap();
+    std::fs::write(store.part_file(&blob(2).0), &long).unwrap();
+    let (capitals, inside) = (name_of(&blob(3).0).to_uppercase(), store.file(&blob(4).0).join("inside"));
+    std::fs::write(store.folder.file(&capitals), &long).unwrap();
+    std::fs::create_dir_all(&inside).unwrap();
+    drop(store);
+    let store = open(&folder, Some(2 * BYTES as u64));
+    assert_eq!(store.bytes(), 6 * BYTES as u64, "what is not this program's does not count");
+    store.make_room(&wanted(&[1, 2])).unwrap();
+    assert_eq!(store.bytes(), 0);
+    keep(&store, 1);
+    keep(&store, 2);
+    assert!(read(&store, 1) && read(&store, 2) && inside.exists() && store.folder.file(&capitals).exists());
 }
 
 #[test]

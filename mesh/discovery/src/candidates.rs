@@ -12,16 +12,16 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Places per machine.
-pub(crate) const PLACES_MAX: usize = 8;
+pub const PLACES_MAX: usize = 8;
 
 /// Between two questions.
-pub(crate) const ASK_EVERY: Duration = Duration::from_secs(1);
+pub const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// Before a place is asked again: less than a person waits for a router that came back at the same address.
-pub(crate) const ASK_AGAIN_AFTER: Duration = Duration::from_secs(30);
+pub const ASK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// The same where it proved itself. 256 nodes ask their router twice a second then.
-pub(crate) const PROVE_AGAIN_AFTER: Duration = Duration::from_secs(120);
+pub const PROVE_AGAIN_AFTER: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -44,14 +44,14 @@ fn is_recent(since: Option<Instant>, pause: Duration, now: Instant) -> bool {
 
 /// See the module. For one machine.
 #[derive(Debug, Default)]
-pub(crate) struct Candidates {
+pub struct Candidates {
     places: Vec<Place>,
     asked: Option<Instant>,
 }
 
 impl Candidates {
     /// Somebody claims the machine to be there.
-    pub(crate) fn hear(&mut self, address: SocketAddr) {
+    pub fn hear(&mut self, address: SocketAddr) {
         let fresh = Place { address, asked: None, proven: false };
         if self.places.iter().any(|place| place.address == address) {
             return;
@@ -74,7 +74,7 @@ impl Candidates {
 
     /// The place to ask now, if any: first those never asked, in the order in which they were heard of, then the one
     /// that has rested longest. It counts as failed until `prove`.
-    pub(crate) fn next(&mut self, now: Instant) -> Option<SocketAddr> {
+    pub fn next(&mut self, now: Instant) -> Option<SocketAddr> {
         if is_recent(self.asked, ASK_EVERY, now) {
             return None;
         }
@@ -87,7 +87,7 @@ impl Candidates {
     }
 
     /// The machine was there.
-    pub(crate) fn prove(&mut self, address: SocketAddr) {
+    pub fn prove(&mut self, address: SocketAddr) {
         if let Some(place) = self.places.iter_mut().find(|place| place.address == address) {
             place.proven = true;
         }

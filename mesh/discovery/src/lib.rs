@@ -7,8 +7,9 @@
 //! the addresses it was given. Trust stays where it was: in the roster, and in QUIC's mutual TLS at the place suggested.
 //!
 //! Read in this order: `discovery` is the thread and its rests, `session` what is done with what is heard, `swarm` the
-//! protocols and their limits. Leaves: `question` is the only message, `candidates` decides whom to ask when, `budget`
-//! how much of a core all of this may take, `tally` what was seen, `circle` who belongs.
+//! protocols and their limits. Leaves: `question` is the only message, `address` says what is dialed at all, `candidates`
+//! decides whom to ask when, `budget` how much of a core all of this may take, `tally` what was seen, `circle` who
+//! belongs.
 //!
 //! The price: some 130 crates of dependencies, one thread, a packet per machine every half minute. Refused on purpose:
 //! gossip, DHT, relays, strangers (the allow-list is asked before any protocol is), and anything that has to stay secret:
@@ -20,9 +21,11 @@ mod session;
 
 mod swarm;
 
-mod question;
+pub mod question;
 
-mod candidates;
+pub mod address;
+
+pub mod candidates;
 
 mod budget;
 

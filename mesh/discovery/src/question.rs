@@ -12,20 +12,20 @@ use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::request_response;
 
 /// The protocol and its version.
-pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/moemesh/where/1");
+pub const PROTOCOL: StreamProtocol = StreamProtocol::new("/moemesh/where/1");
 
 /// Longest version of a program that is told: `4294967295.4294967295.4294967295` and some.
-pub(crate) const VERSION_BYTES_MAX: usize = 48;
+pub const VERSION_BYTES_MAX: usize = 48;
 
 /// Bytes before the version: cluster, role, port, length.
 const HEAD_BYTES: usize = 32 + 1 + 2 + 1;
 
 /// Bytes of the longest answer.
-pub(crate) const ANSWER_BYTES_MAX: usize = HEAD_BYTES + VERSION_BYTES_MAX;
+pub const ANSWER_BYTES_MAX: usize = HEAD_BYTES + VERSION_BYTES_MAX;
 
 /// What a machine does in its cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Does {
+pub enum Does {
     /// It serves QUIC to nodes.
     Router = 1,
     /// It holds experts.
@@ -34,19 +34,20 @@ pub(crate) enum Does {
 
 /// What a machine says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub struct Answer {
     /// Hash of its cluster's public key, as tokens carry it.
-    pub(crate) cluster: [u8; 32],
+    pub cluster: [u8; 32],
     /// What it does there.
-    pub(crate) does: Does,
+    pub does: Does,
     /// UDP port at which it serves QUIC, 0 for none.
-    pub(crate) port: u16,
+    pub port: u16,
     /// Of the program, for people.
-    pub(crate) version: String,
+    pub version: String,
 }
 
 impl Answer {
-    fn to_bytes(&self) -> Vec<u8> {
+    /// Its one form; a version that is too long is cut.
+    pub fn to_bytes(&self) -> Vec<u8> {
         let version = &self.version.as_bytes()[..self.version.len().min(VERSION_BYTES_MAX)];
         let mut bytes = Vec::with_capacity(ANSWER_BYTES_MAX);
         bytes.extend(self.cluster);
@@ -58,7 +59,7 @@ impl Answer {
     }
 
     /// `None` for bytes that `to_bytes` never makes.
-    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Answer> {
+    pub fn from_bytes(bytes: &[u8]) -> Option<Answer> {
         let (head, version) = bytes.split_first_chunk::<HEAD_BYTES>()?;
         let (cluster, rest) = head.split_first_chunk::<32>()?;
         let does = match rest[0] {
@@ -76,7 +77,7 @@ impl Answer {
 
 /// Reads and writes them.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Codec;
+pub struct Codec;
 
 fn refused(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)

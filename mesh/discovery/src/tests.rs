@@ -20,9 +20,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::address::to_multiaddr;
 use crate::circle::{Circle, keypair_of, peer_of};
 use crate::question::{ANSWER_BYTES_MAX, PROTOCOL};
-use crate::session::{Over, Session, to_multiaddr};
+use crate::session::{Over, Session};
 use crate::swarm::{CONNECTIONS_PER_PEER_MAX, Multicast, swarm};
 use crate::tally::{Seen, Tally};
 

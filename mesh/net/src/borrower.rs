@@ -70,7 +70,7 @@ impl From<ReadFrameError> for BorrowError {
     fn from(error: ReadFrameError) -> BorrowError {
         match error {
             ReadFrameError::Stream(error) => BorrowError::Gone(error.to_string()),
-            ReadFrameError::Truncated => BorrowError::Gone(error.to_string()),
+            ReadFrameError::Truncated | ReadFrameError::Dripping => BorrowError::Gone(error.to_string()),
             ReadFrameError::Frame(error) => BorrowError::Wrong(error.to_string()),
         }
     }

@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout};
 use crate::endpoint::{Close, Parting, is_goodbye};
 use crate::lane::{Lane, Queue, Worker};
 use crate::probe::Prober;
-use crate::stream::{ReadFrameError, read_frame, write_frame};
+use crate::stream::{ReadFrameError, read_frame, read_prompt_frame, write_frame};
 use crate::tally::{Feed, Tally};
 
 /// Time a connected node has to introduce itself.
@@ -224,7 +224,7 @@ async fn listen(
     let (mut last_health, mut last_loading) = (None, None);
     let mut leaving = false;
     loop {
-        let frame = match read_frame(recv, pool, &HEARD).await {
+        let frame = match read_prompt_frame(recv, pool, &HEARD).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return Err("it closed its control stream".to_owned()),
             Err(error) => {

@@ -90,7 +90,7 @@ impl From<ReadFrameError> for Failure {
         match error {
             ReadFrameError::Stream(_) => Failure::Broken,
             ReadFrameError::Frame(mesh_wire::frame::FrameError::PoolExhausted(_)) => Failure::Broken,
-            ReadFrameError::Truncated | ReadFrameError::Frame(_) => Failure::Wrong,
+            ReadFrameError::Truncated | ReadFrameError::Dripping | ReadFrameError::Frame(_) => Failure::Wrong,
         }
     }
 }

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mesh_proto::routes::NodeIndex;
 use mesh_wire::id::NodeId;
+use tokio::sync::Semaphore;
 
 use crate::link::Link;
 use crate::roster::Machine;
@@ -33,6 +34,10 @@ pub(crate) const GREETING_UNPROVEN_MAX: usize = 16;
 /// The same per address: nobody can take the places of another address in its name.
 pub(crate) const GREETING_UNPROVEN_PER_ADDRESS_MAX: usize = 4;
 
+/// Connections of one machine that may be between handshake and hello at a time: that of a process that just ended, and
+/// that of the next one. Each may hold a stream's window of bytes that nobody reads.
+pub(crate) const INTRODUCTIONS_MAX: usize = 2;
+
 /// One machine's.
 pub(crate) struct Seat {
     pub(crate) machine: Machine,
@@ -44,6 +49,8 @@ pub(crate) struct Seat {
     lends_at: Mutex<Option<SocketAddr>>,
     /// Held while a new connection finds out whether an old one is alive.
     pub(crate) arrival: tokio::sync::Mutex<()>,
+    /// Places of `INTRODUCTIONS_MAX`.
+    pub(crate) introductions: Semaphore,
 }
 
 impl Seat {
@@ -56,6 +63,7 @@ impl Seat {
             note: Mutex::default(),
             lends_at: Mutex::default(),
             arrival: tokio::sync::Mutex::default(),
+            introductions: Semaphore::new(INTRODUCTIONS_MAX),
         }
     }
 

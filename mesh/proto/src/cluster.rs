@@ -50,8 +50,12 @@ pub const SWITCH_WAIT_MAX: Duration = Duration::from_secs(600);
 pub const LOADING_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// Largest epoch that is believed of a node. Epochs grow by one per plan; more than this is a broken or hostile
-/// node, and counting on from it could overflow.
+/// node, and counting on from it could overflow. Own epochs are believed beyond it: a node that lies up to here makes the
+/// next plan's epoch greater than this, and honest nodes hold that.
 pub const EPOCH_MAX: u64 = 1 << 48;
+
+/// Largest epoch of an earlier router's plan that is taken up: nobody counts that far from `EPOCH_MAX`.
+const RESTORED_EPOCH_MAX: u64 = 2 * EPOCH_MAX;
 
 /// Times a node may send what no correct node sends before it is left out until the operator pardons it. One may be a
 /// defect of this program; three are a broken machine or a hostile one.
@@ -238,7 +242,7 @@ impl Cluster {
     /// with all members that the plan names.
     pub fn restore(&mut self, stored: Stored) {
         let Stored { epoch, plan } = stored;
-        if epoch < EPOCH_MAX {
+        if epoch < RESTORED_EPOCH_MAX {
             self.current = Some(Stage::restored(epoch, plan));
             (self.epoch, self.restored) = (epoch, true);
         }
@@ -305,14 +309,12 @@ impl Cluster {
             }
             Event::Lost(node) => self.lost(now, node, &mut actions),
             Event::Planned(proposal) => self.planned(now, *proposal, &mut actions),
-            Event::Used(counts) => {
-                self.popularity.learn(&counts);
-            }
-            Event::Placed(node, placed) => self.placed(node, placed, &mut actions),
+            Event::Used(counts) => drop(self.popularity.learn(&counts)),
+            Event::Placed(node, placed) => self.placed(now, (node, placed), &mut actions),
             Event::Plan => {
                 (self.wanted.asked, self.restored) = (true, false);
                 let links = self.nodes.iter_mut().filter_map(|node| node.link.as_mut());
-                links.for_each(|link| link.declined = false);
+                links.for_each(|link| link.declined = None);
             }
             Event::Tick => self.tick(now, &mut actions),
         }
@@ -440,7 +442,7 @@ impl Cluster {
             Some(link) if entry.barred || link.trust.is_suspect() => NodeState::Suspect,
             Some(link) => match (link.current, link.next) {
                 (Order::Held, _) => NodeState::Serving,
-                _ if link.declined => NodeState::Refused,
+                _ if link.declined.is_some() => NodeState::Refused,
                 (Order::NotSent, Order::NotSent) => NodeState::Waiting,
                 _ => NodeState::Loading,
             },

@@ -96,7 +96,16 @@ impl Task {
             plan.predicted = self.predicted(&plan, &members(&plan));
         }
         let moved_bytes = self.moved_bytes(&plan);
-        Proposal { plan: Some(plan), moved_bytes, ..nothing }
+        let before_ns = self.before.as_ref().map(|before| self.predicted_by(before, &plan));
+        Proposal { plan: Some(plan), moved_bytes, before_ns, ..nothing }
+    }
+
+    /// What a token takes by the plan before, with the figures that the new one was made with: what was measured of
+    /// machines and links in between is the doing of neither.
+    fn predicted_by(&self, before: &Plan, plan: &Plan) -> u64 {
+        let now = |then: &Capacity| plan.capacity(then.node).copied().unwrap_or(*then);
+        let capacities = before.capacities.iter().map(now).collect();
+        self.predicted(&Plan { capacities, ..before.clone() }, &self.serving).token_ns
     }
 
     fn stand_in(&self, before: &Plan, loss: &Loss, nothing: Proposal) -> Proposal {

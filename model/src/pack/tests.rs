@@ -149,7 +149,7 @@ fn every_tensor_lies_where_the_documentation_says() {
                 router_tensors(&parsed).into_iter().chain((0..2).flat_map(|l| expert_tensors(&parsed, l)))
             {
                 let sources = names::sources(&parsed, name);
-                let bytes = packed.tensor(name).unwrap();
+                let bytes = packed.tensor(name).unwrap().unwrap();
                 let parts: Vec<_> = sources.iter().map(|source| find(&source.name)).collect();
                 check(format, kind(&parsed, name).unwrap(), &bytes, &parts);
             }
@@ -329,7 +329,7 @@ fn tied_heads_come_from_the_embedding() {
     let case = Case::new(&config, &tensors);
     let packed = case.open(Format::Bf16).unwrap();
     let rows: Vec<&[f32]> = tensors[0].2.chunks(40).collect();
-    assert_rows(Format::Bf16, &packed.tensor(TensorName::Head).unwrap(), 40, &rows);
+    assert_rows(Format::Bf16, &packed.tensor(TensorName::Head).unwrap().unwrap(), 40, &rows);
 }
 
 #[test]

@@ -3,14 +3,23 @@
 //! The manifest is written last and names every blob with its place, length and BLAKE3 hash, the model's config
 //! and the combine steps. Opening checks everything that can be checked without reading weights: plain file
 //! names, regular files of the stated lengths, blobs of exactly the sizes the config demands, aligned, apart from
-//! each other and inside their file. Hashes are compared on demand (`PackedFiles::verify`), which reads all.
+//! each other and inside their file.
+//!
+//! Disks rot, so a blob's hash is compared before its bytes are used: each time it is read into memory, and once per
+//! process before it is given out as a view of the mapped file. Reading goes through the file and not the map, because
+//! touching the map of a file that became shorter ends the process. The price: a slice of an expert costs one reading
+//! of all of it, the first time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{is_plain_name, map_regular, read_limited};
+use crate::checkpoint::{CheckpointError, is_plain_name, map_regular, read_limited};
 use crate::config::parse::check;
 use crate::config::{Ffn, ModelConfig};
 use crate::format::Format;
@@ -26,6 +35,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const BLOB_ALIGN: u64 = 4096;
 /// Largest manifest, bytes: 4096 experts in 1024 layers would take more, real models stay under 10 MB.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+/// Bytes that are hashed at a time.
+const PIECE_BYTES: usize = 1 << 20;
 /// Range of combine steps: as far as f32 reaches with the factor still normal.
 const STEP_RANGE: std::ops::RangeInclusive<i8> = -100..=100;
 
@@ -78,13 +89,43 @@ pub struct Blob {
     pub blake3: String,
 }
 
-/// A packed directory, opened: the manifest and the mapped files.
+/// A packed directory, opened: the manifest and the files.
 #[derive(Debug)]
 pub struct PackedFiles {
     manifest: Manifest,
     fingerprint: [u8; 32],
     directory: PathBuf,
-    maps: Vec<Bytes>,
+    files: Vec<OpenFile>,
+    /// Tensors whose hash was compared by this process.
+    checked: Mutex<BTreeSet<TensorName>>,
+}
+
+/// One file, to be viewed and to be read.
+#[derive(Debug)]
+struct OpenFile {
+    map: Bytes,
+    /// Whoever has the lock moves its position.
+    file: Mutex<File>,
+}
+
+impl OpenFile {
+    fn open(path: &Path) -> Result<OpenFile, CheckpointError> {
+        let map = map_regular(path)?;
+        let cannot = |error| CheckpointError(format!("cannot read {}: {error}", path.display()));
+        Ok(OpenFile { map, file: Mutex::new(File::open(path).map_err(cannot)?) })
+    }
+
+    /// Fills `out` with the bytes from `at` on.
+    fn read(&self, at: u64, out: &mut [u8]) -> std::io::Result<()> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(out)
+    }
+
+    /// Its length now; the map has the one it had when it was opened.
+    fn len(&self) -> std::io::Result<u64> {
+        Ok(self.file.lock().unwrap_or_else(PoisonError::into_inner).metadata()?.len())
+    }
 }
 
 /// What is in a directory.
@@ -119,22 +160,28 @@ impl PackedFiles {
         let manifest: Manifest =
             serde_json::from_value(value).map_err(|error| damaged(format!("{MANIFEST_FILE}: {error}")))?;
         manifest.check().map_err(damaged)?;
-        let mut maps = Vec::with_capacity(manifest.files.len());
+        let mut files = Vec::with_capacity(manifest.files.len());
         for file in &manifest.files {
-            let map = map_regular(&directory.join(&file.name)).map_err(|error| damaged(error.0))?;
-            if map.len() as u64 != file.bytes {
+            let opened = OpenFile::open(&directory.join(&file.name)).map_err(|error| damaged(error.0))?;
+            if opened.map.len() as u64 != file.bytes {
                 return Err(damaged(format!(
                     "{} is {} bytes long, expected {}",
                     file.name,
-                    map.len(),
+                    opened.map.len(),
                     file.bytes
                 )));
             }
-            maps.push(map);
+            files.push(opened);
         }
         let fingerprint = *blake3::hash(&text).as_bytes();
         let directory = directory.to_path_buf();
-        Ok(Found::Model(Box::new(PackedFiles { manifest, fingerprint, directory, maps })))
+        Ok(Found::Model(Box::new(PackedFiles {
+            manifest,
+            fingerprint,
+            directory,
+            files,
+            checked: Mutex::default(),
+        })))
     }
 
     /// The checked manifest.
@@ -147,30 +194,124 @@ impl PackedFiles {
         self.fingerprint
     }
 
-    /// The bytes of a tensor; `None` where the model has none of that name.
-    pub fn tensor(&self, name: TensorName) -> Option<Bytes> {
-        let blob = self.manifest.blobs.get(&name.to_string())?;
-        self.maps.get(blob.file)?.slice(blob.offset as usize, blob.bytes as usize)
+    /// A view of a tensor in the mapped file, whose hash was compared; `None` where the model has none of that name.
+    /// Before it is used again later: `check_length`.
+    ///
+    /// # Errors
+    /// It is damaged, or cannot be read; names the file.
+    pub fn tensor(&self, name: TensorName) -> Result<Option<Bytes>, ManifestError> {
+        let Some(blob) = self.manifest.blobs.get(&name.to_string()) else { return Ok(None) };
+        self.check(name, blob)?;
+        Ok(self
+            .files
+            .get(blob.file)
+            .and_then(|file| file.map.slice(blob.offset as usize, blob.bytes as usize)))
+    }
+
+    /// Fills `out` with these runs of a tensor's bytes, one after the other; a run of all of them has the hash when it is
+    /// in `out`. False where the model has no such tensor or `out` another length than the runs.
+    ///
+    /// # Errors
+    /// As `tensor`.
+    pub fn read(
+        &self,
+        name: TensorName,
+        runs: impl Iterator<Item = Range<usize>>,
+        out: &mut [u8],
+    ) -> Result<bool, ManifestError> {
+        let Some(blob) = self.manifest.blobs.get(&name.to_string()) else { return Ok(false) };
+        let whole = out.len() as u64 == blob.bytes;
+        if !whole {
+            self.check(name, blob)?;
+        }
+        let mut rest = &mut *out;
+        for run in runs {
+            let Some((to, after)) = rest.split_at_mut_checked(run.len()) else { return Ok(false) };
+            if run.end as u64 > blob.bytes {
+                return Ok(false);
+            }
+            let read = self.files[blob.file].read(blob.offset + run.start as u64, to);
+            read.map_err(|error| self.unreadable(name, blob, &error))?;
+            rest = after;
+        }
+        if !rest.is_empty() {
+            return Ok(false);
+        }
+        if whole && *blake3::hash(out).to_hex() != *blob.blake3 {
+            return Err(self.damaged(name, blob));
+        }
+        Ok(true)
+    }
+
+    /// Whether the file of a tensor is as long as its map, which must not be touched where it is not.
+    ///
+    /// # Errors
+    /// Names the file that became shorter.
+    pub fn check_length(&self, name: TensorName) -> Result<(), ManifestError> {
+        let Some(blob) = self.manifest.blobs.get(&name.to_string()) else { return Ok(()) };
+        let file = &self.files[blob.file];
+        match file.len() {
+            Ok(len) if len >= file.map.len() as u64 => Ok(()),
+            Ok(_) => Err(self.unreadable(name, blob, &ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err(self.unreadable(name, blob, &error)),
+        }
     }
 
     /// Compares every blob with its hash; reads everything. The error names the first that differs.
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64, &str)) -> Result<(), ManifestError> {
         let total = self.manifest.blobs.values().map(|blob| blob.bytes).sum();
         let mut done = 0;
-        for (name, blob) in &self.manifest.blobs {
-            progress(done, total, name);
-            let bytes = self.maps[blob.file].slice(blob.offset as usize, blob.bytes as usize);
-            let hash = bytes.map(|bytes| blake3::hash(&bytes).to_hex());
-            if hash.is_none_or(|hash| *hash != *blob.blake3) {
-                let (file, at) = (&self.manifest.files[blob.file].name, self.directory.display());
-                return Err(ManifestError(format!(
-                    "{at}/{file}: {name} does not have the hash in {MANIFEST_FILE}; delete {at} and start again"
-                )));
-            }
+        for name in self.manifest.names() {
+            let Some(blob) = self.manifest.blobs.get(&name.to_string()) else { continue };
+            progress(done, total, &name.to_string());
+            self.compare(name, blob)?;
             done += blob.bytes;
         }
         progress(done, total, "verified");
         Ok(())
+    }
+
+    /// Compares a tensor with its hash, unless this process did so before.
+    fn check(&self, name: TensorName, blob: &Blob) -> Result<(), ManifestError> {
+        let checked = || self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if checked().contains(&name) {
+            return self.check_length(name);
+        }
+        self.compare(name, blob)?;
+        checked().insert(name);
+        Ok(())
+    }
+
+    fn compare(&self, name: TensorName, blob: &Blob) -> Result<(), ManifestError> {
+        let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
+        let mut piece = vec![0; PIECE_BYTES.min(blob.bytes as usize)];
+        while at < blob.bytes {
+            let piece = &mut piece[..PIECE_BYTES.min((blob.bytes - at) as usize)];
+            let read = self.files[blob.file].read(blob.offset + at, piece);
+            read.map_err(|error| self.unreadable(name, blob, &error))?;
+            hasher.update(piece);
+            at += piece.len() as u64;
+        }
+        if *hasher.finalize().to_hex() != *blob.blake3 {
+            return Err(self.damaged(name, blob));
+        }
+        Ok(())
+    }
+
+    fn damaged(&self, name: TensorName, blob: &Blob) -> ManifestError {
+        let (file, at) = (&self.manifest.files[blob.file].name, self.directory.display());
+        ManifestError(format!(
+            "{at}/{file}: {name} does not have the hash in {MANIFEST_FILE}; delete {at} and start again"
+        ))
+    }
+
+    fn unreadable(&self, name: TensorName, blob: &Blob, error: &std::io::Error) -> ManifestError {
+        let (file, at) = (&self.manifest.files[blob.file].name, self.directory.display());
+        let why = match error.kind() {
+            ErrorKind::UnexpectedEof => "the file became shorter while it was in use".to_owned(),
+            _ => error.to_string(),
+        };
+        ManifestError(format!("{at}/{file}: {name} cannot be read: {why}; delete {at} and start again"))
     }
 }
 

@@ -101,8 +101,11 @@ fn silent(_: Answer) -> Option<Answer> {
     None
 }
 
-/// Outcomes and who was asked, over many audits of the same call with different draws.
-fn audited(does: [Does; 3], exact: [bool; 3]) -> Vec<(Vec<(NodeIndex, Outcome)>, Vec<(NodeIndex, usize)>)> {
+/// What one audit found, and who was asked under which number.
+type Audited = (Vec<(NodeIndex, Outcome)>, Vec<(NodeIndex, usize)>);
+
+/// Many audits of the same call with different draws.
+fn audited(does: [Does; 3], exact: [bool; 3]) -> Vec<Audited> {
     let model = model();
     let (mut judge, mut honest) = (judge(&model, 1), judge(&model, 2));
     let mut sample = unanswered(&model);

@@ -32,16 +32,32 @@ pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' 
 
 /// Source bytes at most: ten times the longest of a published model.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
-/// Template instructions per rendering: a tenth of a second of work; a long chat takes some ten thousand, one of as many
-/// messages as a request may have some hundred thousand.
+/// Template instructions per rendering: a tenth of a second of work. A long chat takes some ten thousand; one of as many
+/// messages as a request may have MEASURED at most with the templates of published models (`tests`).
 const FUEL: u64 = 2_000_000;
 /// Stack of compiling and rendering. Operators in a row (`not not ...`) and lists in lists take a frame each, to read, to
-/// print and to free: as many as the source has bytes, or as a fifth of the instructions. Only what is used is taken.
+/// print and to free: as many as the source has bytes, or as a fifth of the instructions. It is address space for as long as
+/// one rendering takes, of which there are four at a time (`http`); memory is only what is used of it, and goes with it.
 const STACK_BYTES: usize = 512 << 20;
 /// Nested calls, loops and blocks; real templates stay below 20. Rendering threads have 2 MB of stack.
 const RECURSION_MAX: usize = 200;
 /// Rendered bytes at most: four times the largest request body.
 const OUTPUT_BYTES_MAX: usize = 8 << 20;
+
+/// What one rendering may take. Requests have the default; whoever tries a million templates gives each less.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Template instructions.
+    pub instructions: u64,
+    /// Bytes of what is rendered, and of the JSON that is made on the way.
+    pub output_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { instructions: FUEL, output_bytes: OUTPUT_BYTES_MAX }
+    }
+}
 
 /// The variable in which `strftime_now` finds the time.
 const NOW: &str = "__now_seconds";
@@ -59,24 +75,36 @@ pub struct TemplateError(pub String);
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
+    limits: Limits,
 }
 
 impl ChatTemplate {
     /// Compiles `source`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
     pub fn new(source: &str) -> Result<ChatTemplate, TemplateError> {
+        ChatTemplate::within(source, Limits::default())
+    }
+
+    /// As `new`, with other limits.
+    ///
+    /// # Errors
+    /// What is wrong with the source.
+    pub fn within(source: &str, limits: Limits) -> Result<ChatTemplate, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
             let bytes = source.len();
             return Err(TemplateError(format!("{bytes} bytes long; at most {SOURCE_BYTES_MAX} are read")));
         }
-        with_stack(|| ChatTemplate::compile(source))
+        with_stack(|| ChatTemplate::compile(source, limits))
     }
 
-    fn compile(source: &str) -> Result<ChatTemplate, TemplateError> {
+    fn compile(source: &str, limits: Limits) -> Result<ChatTemplate, TemplateError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| TemplateError(describe(&error)))?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(FUEL));
+        environment.set_fuel(Some(limits.instructions));
         environment.set_recursion_limit(RECURSION_MAX);
         environment.set_unknown_method_callback(python::method);
         environment.set_formatter(|output, state, value| match value.kind() {
@@ -86,7 +114,9 @@ impl ChatTemplate {
             }
             _ => minijinja::escape_formatter(output, state, value),
         });
-        environment.add_filter("tojson", tojson);
+        environment.add_filter("tojson", move |state: &mut State<'_, '_>, value: &Jinja, kwargs: Kwargs| {
+            json_style(&kwargs)?.json(state, value, limits.output_bytes)
+        });
         environment.add_function("raise_exception", |message: String| -> Result<Jinja, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -97,7 +127,7 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", without_generation_tags(source))
             .map_err(|error| TemplateError(describe(&error)))?;
-        Ok(ChatTemplate { environment, source: source.to_owned() })
+        Ok(ChatTemplate { environment, source: source.to_owned(), limits })
     }
 
     /// What it was compiled from.
@@ -114,23 +144,28 @@ impl ChatTemplate {
         if chat.messages.is_empty() {
             return Err(TemplateError("the conversation is empty; send at least one message".into()));
         }
-        let seconds = chat.now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let mut variables = special.0.clone();
-        variables.extend(chat.variables.clone());
-        // Defined but none unless given, as in transformers.
-        variables.entry("tools").or_insert(Value::Null);
-        variables.entry("documents").or_insert(Value::Null);
-        variables.insert("messages".into(), chat.messages.iter().map(as_transformers).collect());
-        variables.insert("add_generation_prompt".into(), Value::Bool(chat.add_generation_prompt));
-        variables.insert(NOW.into(), Value::from(seconds));
         let template = self.environment.get_template("chat");
         let template = template.map_err(|error| TemplateError(describe(&error)))?;
-        let mut output = Bounded(Vec::new());
+        let mut output = Bounded { bytes: Vec::new(), max: self.limits.output_bytes };
         template
-            .render_captured_to(Serde(&variables), &mut output)
+            .render_captured_to(Serde(&variables(chat, special)), &mut output)
             .map_err(|error| TemplateError(describe(&error)))?;
-        String::from_utf8(output.0).map_err(|error| TemplateError(error.to_string()))
+        String::from_utf8(output.bytes).map_err(|error| TemplateError(error.to_string()))
     }
+}
+
+/// What the template finds by name.
+fn variables(chat: &Chat, special: &SpecialTokens) -> Map<String, Value> {
+    let seconds = chat.now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let mut variables = special.0.clone();
+    variables.extend(chat.variables.clone());
+    // Defined but none unless given, as in transformers.
+    variables.entry("tools").or_insert(Value::Null);
+    variables.entry("documents").or_insert(Value::Null);
+    variables.insert("messages".into(), chat.messages.iter().map(as_transformers).collect());
+    variables.insert("add_generation_prompt".into(), Value::Bool(chat.add_generation_prompt));
+    variables.insert(NOW.into(), Value::from(seconds));
+    variables
 }
 
 /// Does the work on a thread with `STACK_BYTES`; the price is some tens of microseconds.
@@ -173,17 +208,21 @@ fn as_transformers(message: &Value) -> Value {
     Value::Object(kept)
 }
 
-/// Grows to [`OUTPUT_BYTES_MAX`] and no further.
-struct Bounded(Vec<u8>);
+/// Grows to `max` and no further.
+struct Bounded {
+    bytes: Vec<u8>,
+    max: usize,
+}
 
 impl std::io::Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
+        if self.bytes.len() + bytes.len() > self.max {
             return Err(std::io::Error::other(format!(
-                "the rendered chat exceeds {OUTPUT_BYTES_MAX} bytes; shorten the conversation"
+                "the rendered chat exceeds {} bytes; shorten the conversation",
+                self.max
             )));
         }
-        self.0.extend_from_slice(bytes);
+        self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -219,8 +258,8 @@ fn without_generation_tags(source: &str) -> String {
     output
 }
 
-/// transformers' `tojson`: Python's `json.dumps(x, ensure_ascii=False, indent, separators, sort_keys)`.
-fn tojson(value: &Jinja, kwargs: Kwargs) -> Result<String, Error> {
+/// Arguments of transformers' `tojson`: Python's `json.dumps(x, ensure_ascii=False, indent, separators, sort_keys)`.
+fn json_style(kwargs: &Kwargs) -> Result<python::JsonStyle, Error> {
     let separators: Option<Jinja> = kwargs.get("separators")?;
     let indent: Option<Jinja> = kwargs.get("indent")?;
     let indent = match indent.filter(|indent| !indent.is_none()) {
@@ -243,7 +282,8 @@ fn tojson(value: &Jinja, kwargs: Kwargs) -> Result<String, Error> {
         key,
     };
     kwargs.assert_all_used()?;
-    let mut output = String::new();
-    style.write(value, 0, &mut output)?;
-    Ok(output)
+    Ok(style)
 }
+
+#[cfg(test)]
+mod tests;

@@ -204,6 +204,10 @@ fn hostile_templates_are_stopped() {
         "{% for i in range(1000) %}{{ 'x' * 1000000 }}{% endfor %}",
         "{% include '/etc/passwd' %}",
         "{{ messages.x.y }}",
+        "{% for i in range(100000) %}{% set x = ([messages] * 100000)|tojson %}{% endfor %}",
+        "{{ ('x' * 100000000)|tojson }}",
+        "{{ {'x' * 100000000: 1}|tojson }}",
+        "{{ [1]|tojson(separators=('x' * 100000000, ':')) }}{{ [1, 2]|tojson(separators=('x' * 100000000, ':')) }}",
     ] {
         let error = render(template, &chat).unwrap_err().to_string();
         assert!(!error.is_empty() && error.len() < 500, "{template}: {error}");

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use router::prompt::{Chat, ChatTemplate, Prompt, SpecialTokens};
+use router::prompt::{Chat, ChatTemplate, Limits, Prompt, SpecialTokens};
 use router::stream::Detokenizer;
 use serde_json::{Map, Value, json};
 
@@ -61,10 +61,13 @@ fn chats() -> [Chat; 2] {
     ]
 }
 
+/// What a template may take here: a fortieth of a request's, because sanitizers make everything ten times as slow.
+const LIMITS: Limits = Limits { instructions: 50_000, output_bytes: 200_000 };
+
 /// The source of a chat template.
 pub(super) fn template(bytes: &[u8]) -> Verdict {
     let Ok(source) = std::str::from_utf8(bytes) else { return Verdict::Refused };
-    let template = match ChatTemplate::new(source) {
+    let template = match ChatTemplate::within(source, LIMITS) {
         Ok(template) => template,
         Err(error) => return says_why(&error),
     };
@@ -72,7 +75,7 @@ pub(super) fn template(bytes: &[u8]) -> Verdict {
     let mut verdict = Verdict::Taken;
     for chat in chats() {
         match template.render(&chat, &special()) {
-            Ok(text) => assert!(text.len() <= RENDERED_BYTES_MAX, "{} bytes were rendered", text.len()),
+            Ok(text) => assert!(text.len() <= LIMITS.output_bytes, "{} bytes were rendered", text.len()),
             Err(error) => verdict = says_why(&error),
         }
     }

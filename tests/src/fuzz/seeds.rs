@@ -7,7 +7,9 @@
 
 mod files;
 mod peers;
+mod stories;
 mod texts;
+mod weights;
 
 /// An input for a target, with a name for its file.
 #[derive(Clone, Debug)]
@@ -28,5 +30,5 @@ impl Seed {
 
 /// All of them.
 pub fn seeds() -> Vec<Seed> {
-    [peers::seeds(), files::seeds(), texts::seeds()].concat()
+    [peers::seeds(), weights::seeds(), stories::seeds(), files::seeds(), texts::seeds()].concat()
 }

@@ -1,5 +1,9 @@
 //! Frames: headers, calls, replies and everything else that is said, whatever operations there are.
 
+use std::time::Duration;
+
+use mesh_proto::claims::{Claims, MEMORY_BYTES_MAX, WEIGHT_MB_S_MAX, believable, bounded};
+use mesh_proto::heat::Heat;
 use mesh_wire::buffer::{Buffer, Pool};
 use mesh_wire::call::{Call, CallDraft, CallView};
 use mesh_wire::frame::{FrameError, HEADER_BYTES, Header, Op};
@@ -7,7 +11,7 @@ use mesh_wire::message::Message;
 use mesh_wire::payload::{RowFormat, SumWidth, padded, row_bytes};
 use mesh_wire::reply::{Reply, ReplyDraft, ReplyView, Row, RowMut};
 
-use super::{Verdict, says_why};
+use super::{Verdict, says_why, weights};
 
 /// Bytes of the pool that every frame here has to do with: three of the largest frames and their copies.
 const POOL_BYTES: usize = 48 << 20;
@@ -92,15 +96,55 @@ fn read(buffer: Buffer) -> Result<(), FrameError> {
             keeps_promises_of_replies(&reply.view());
             again_as_a_reply(&reply.view());
         }
+        Op::AskCatalogue
+        | Op::Catalogue
+        | Op::AskHashes
+        | Op::Hashes
+        | Op::AskHolders
+        | Op::Holders
+        | Op::Fetch
+        | Op::Chunk
+        | Op::WeightsRefused => weights::read(buffer, &pool())?,
         op => {
             let message = Message::decode(&buffer)?;
             drop(buffer);
+            keeps_promises_of_claims(&message);
             let encoded = message.encode(&pool()).expect("what was read can be written");
             assert_eq!(encoded.op(), op, "{message:?}");
             assert_eq!(Message::decode(&encoded), Ok(message), "out of its encoder another one came");
         }
     }
     Ok(())
+}
+
+/// What a node says of itself is cut to what machines have, once and for all.
+fn keeps_promises_of_claims(message: &Message) {
+    match message {
+        Message::Hello(hello) => {
+            let (counted, claims) = bounded(hello.clone());
+            assert!(counted.memory_bytes <= MEMORY_BYTES_MAX);
+            assert!(counted.weight_mb_s.iter().all(|mb_s| *mb_s <= WEIGHT_MB_S_MAX));
+            assert_eq!(claims == Claims::Sound || matches!(claims, Claims::Unmeasured(_)), counted == *hello);
+            match &claims {
+                Claims::Sound => {}
+                Claims::Unmeasured(note) | Claims::Cut(note) => {
+                    says_why(note);
+                }
+            }
+            let (again, claims) = bounded(counted.clone());
+            assert!(again == counted && !matches!(claims, Claims::Cut(_)), "{again:?}");
+        }
+        Message::Health(health) => {
+            let vitals = believable(health.vitals);
+            assert_eq!(believable(vitals), vitals);
+            assert!(vitals.temperature_mc.is_none_or(|mc| (-100_000..200_000).contains(&mc)), "{vitals:?}");
+            assert!(vitals.power_mw.is_none_or(|mw| mw < 100_000_000), "{vitals:?}");
+            let mut heat = Heat::default();
+            heat.report(Duration::ZERO, vitals);
+            assert!(!heat.is_hot() || vitals.temperature_mc.is_some() || vitals.throttled == Some(true));
+        }
+        _ => {}
+    }
 }
 
 fn keeps_promises_of_calls(call: &CallView<'_>) {

@@ -155,6 +155,12 @@ async fn session(shared: Arc<Shared>, connection: Connection, greeting: Greeting
         connection.close(Close::Revoked.into(), b"the operator revoked this machine's key");
         return;
     };
+    let Ok(introducing) = seat.introductions.try_acquire() else {
+        shared.deferred.fetch_add(1, Ordering::Relaxed);
+        connection
+            .close(Close::Busy.into(), b"this machine has connections that do not introduce themselves");
+        return;
+    };
     let introduction = match introduce(&connection, &shared.pool).await {
         Ok(introduction) => introduction,
         Err(reason) => {
@@ -173,7 +179,7 @@ async fn session(shared: Arc<Shared>, connection: Connection, greeting: Greeting
     if !take_seat(&shared, &seat, &link).await {
         return;
     }
-    drop(greeting);
+    drop((greeting, introducing));
     shared.connections.fetch_add(1, Ordering::Relaxed);
     seat.tally.update(|counters| counters.connections += 1);
     tracing::info!(node = seat.machine.name, %address, "a node joined");

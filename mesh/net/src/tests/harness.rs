@@ -284,16 +284,25 @@ pub(super) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
+/// A connection with nothing on it yet, and what it lives by.
+pub(super) type Shaken = (Runtime, Endpoint, Connection);
+
 impl RawNode {
-    /// Connects, without a hello.
-    pub(super) fn connect(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
+    /// Shakes hands, and says nothing.
+    pub(super) fn shake(keys: &Keys, node: usize, router: SocketAddr) -> Shaken {
         let runtime = runtime();
-        let (endpoint, connection, control) = runtime.block_on(async {
+        let (endpoint, connection) = runtime.block_on(async {
             let endpoint = endpoint::dialer(&keys.nodes[node], keys.router(), false).unwrap();
             let connection = endpoint.connect(router, SERVER_NAME).unwrap().await.unwrap();
-            let control = connection.open_bi().await.unwrap();
-            (endpoint, connection, control)
+            (endpoint, connection)
         });
+        (runtime, endpoint, connection)
+    }
+
+    /// Connects, without a hello.
+    pub(super) fn connect(keys: &Keys, node: usize, router: SocketAddr) -> RawNode {
+        let (runtime, endpoint, connection) = RawNode::shake(keys, node, router);
+        let control = runtime.block_on(connection.open_bi()).unwrap();
         RawNode { runtime, endpoint, connection, control, pool: Pool::new(64 << 20) }
     }
 

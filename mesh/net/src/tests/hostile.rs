@@ -10,7 +10,7 @@ use mesh_wire::message::Message;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 use quinn::ConnectionError;
 
-use super::harness::{LONG, LONG_US, RawNode, frame, hello, hub, keys, layer, reply_to, send};
+use super::harness::{LONG, LONG_US, RawNode, Shaken, frame, hello, hub, keys, layer, reply_to, send};
 use crate::hub::Hub;
 use crate::pending::CallError;
 use crate::stream::read_frame;
@@ -186,6 +186,45 @@ fn nonsense_on_the_control_stream_ends_the_connection_and_nothing_else() {
     // Said more than twice after it had introduced itself.
     assert_eq!(hub.nodes()[0].cluster.state, NodeState::Quarantined);
     assert!(hub.nodes()[0].cluster.note.contains("pardon"));
+}
+
+#[test]
+fn a_control_message_that_drips_in_ends_the_connection_and_silence_does_not() {
+    let keys = keys(2);
+    let hub = hub(&keys);
+    let silent = RawNode::join(&keys, 0, hub.local_addr());
+    for begun in [&[1][..], &frame(Op::Health, &[0; 64])[..HEADER_BYTES + 1]] {
+        let mut raw = RawNode::connect(&keys, 1, hub.local_addr());
+        raw.say(&Message::Hello(hello()));
+        raw.runtime.block_on(raw.control.0.write_all(begun)).unwrap();
+        let ConnectionError::ApplicationClosed(closed) = raw.runtime.block_on(raw.connection.closed()) else {
+            panic!("{:?}", raw.connection.close_reason())
+        };
+        assert!(String::from_utf8_lossy(&closed.reason).contains("a frame was begun"), "{closed:?}");
+    }
+    // It has said nothing for twice as long.
+    assert!(silent.connection.close_reason().is_none());
+    assert_ne!(hub.nodes()[1].cluster.state, NodeState::Quarantined, "slow is not malformed");
+}
+
+#[test]
+fn of_a_machine_that_does_not_introduce_itself_there_are_two_connections_at_a_time() {
+    let keys = keys(2);
+    let hub = hub(&keys);
+    let closed = |(runtime, _, connection): &Shaken| match runtime.block_on(connection.closed()) {
+        ConnectionError::ApplicationClosed(closed) => String::from_utf8_lossy(&closed.reason).into_owned(),
+        other => panic!("{other:?}"),
+    };
+    let many: Vec<_> = (0..6).map(|_| RawNode::shake(&keys, 0, hub.local_addr())).collect();
+    // They take no place of another machine's.
+    let other = RawNode::join(&keys, 1, hub.local_addr());
+    let reasons: Vec<_> = many.iter().map(closed).collect();
+    let busy = reasons.iter().filter(|reason| reason.contains("do not introduce themselves")).count();
+    let late = reasons.iter().filter(|reason| reason.contains("no hello")).count();
+    assert!(busy >= 1 && late >= 2 && busy + late == 6, "{reasons:?}");
+    drop(many);
+    RawNode::join(&keys, 0, hub.local_addr());
+    assert!(other.connection.close_reason().is_none());
 }
 
 #[test]

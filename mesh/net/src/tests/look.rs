@@ -78,7 +78,10 @@ fn another_version_is_told_from_another_program() {
     let (found, answered) = channel();
     std::thread::spawn({
         let (node, router) = (keys.nodes[0].clone(), keys.router());
-        move || found.send((knock(address), introduce(address), enter(address, &node, router)))
+        move || {
+            let seen = (knock(address), introduce(address), enter(address, &node, router));
+            found.send(seen).is_ok()
+        }
     });
     let waited = runtime.block_on(async {
         tokio::select! {

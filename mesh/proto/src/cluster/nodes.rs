@@ -16,6 +16,11 @@ use crate::heat::Heat;
 use crate::machine::{Capacity, Machine};
 use crate::routes::NodeIndex;
 
+/// How long a node that refused its placement is left out of plans: at first, and at most. Each try with it costs the
+/// others a load.
+pub(super) const DECLINED_MIN: Duration = Duration::from_secs(30);
+const DECLINED_MAX: Duration = Duration::from_secs(900);
+
 #[derive(Debug, Default)]
 pub(super) struct Node {
     pub(super) link: Option<Link>,
@@ -55,7 +60,7 @@ impl Node {
 
     /// Whether it may be part of a plan, as far as it says itself.
     pub(super) fn is_willing(&self) -> bool {
-        let willing = |link: &Link| !link.declined && link.leaving.is_none();
+        let willing = |link: &Link| link.declined.is_none() && link.leaving.is_none();
         !self.is_quarantined() && self.link.as_ref().is_some_and(willing)
     }
 
@@ -88,9 +93,12 @@ pub(super) struct Link {
     pub(super) current: Order,
     /// Where it stands with `Cluster::next`.
     pub(super) next: Order,
-    /// It refused a placement. It is left out of plans until it reconnects or the operator asks for a plan;
-    /// planning with it again and again would reload the others for nothing.
-    pub(super) declined: bool,
+    /// It refused a placement, and is left out of plans until then, or until it reconnects or the operator asks for a
+    /// plan. What was in the way, a full disk, may be gone some day; planning with it again and again would reload the
+    /// others for nothing.
+    pub(super) declined: Option<Duration>,
+    /// Placements it refused since it held one.
+    refusals: u32,
     pub(super) epoch: u64,
     pub(super) weight_bytes: u64,
     pub(super) health: Option<Health>,
@@ -136,6 +144,13 @@ impl Link {
         self.measured != LinkSpeed::default()
     }
 
+    /// Leaves it out of plans for a while, longer each time.
+    pub(super) fn decline(&mut self, now: Duration) {
+        let pause = DECLINED_MIN.saturating_mul(1_u32.checked_shl(self.refusals).unwrap_or(u32::MAX));
+        self.declined = Some(now.saturating_add(pause.min(DECLINED_MAX)));
+        self.refusals = self.refusals.saturating_add(1);
+    }
+
     pub(super) fn capacity(&self, node: NodeIndex) -> Capacity {
         let machine = Machine { weight_mb_s: self.speed.weight_mb_s, link: self.measured };
         Capacity { node, memory_bytes: self.hello.memory_bytes, machine }
@@ -177,7 +192,7 @@ impl Cluster {
                 hello.kernels
             ));
         }
-        (hello.held_epoch >= EPOCH_MAX).then(|| {
+        (hello.held_epoch >= EPOCH_MAX && hello.held_epoch > self.epoch).then(|| {
             format!("the node claims to hold epoch {}, which cannot be: restart the node", hello.held_epoch)
         })
     }
@@ -220,7 +235,8 @@ impl Cluster {
             hello,
             current: Order::NotSent,
             next: Order::NotSent,
-            declined: false,
+            declined: None,
+            refusals: 0,
             epoch: 0,
             weight_bytes: 0,
             health: None,
@@ -371,7 +387,12 @@ impl Cluster {
         entry.note.clear();
     }
 
-    pub(super) fn placed(&mut self, node: NodeIndex, placed: Placed, actions: &mut Vec<Action>) {
+    pub(super) fn placed(
+        &mut self,
+        now: Duration,
+        (node, placed): (NodeIndex, Placed),
+        actions: &mut Vec<Action>,
+    ) {
         let is = |stage: &Option<Stage>| stage.as_ref().is_some_and(|stage| stage.epoch == placed.epoch);
         let (current, next) = (is(&self.current), is(&self.next));
         let Some(link) = self.link(node) else { return };
@@ -388,6 +409,7 @@ impl Cluster {
         }
         if placed.refusal.is_empty() {
             *order = Order::Held;
+            link.refusals = 0;
             link.stood_back = false;
             link.epoch = placed.epoch;
             link.weight_bytes = placed.weight_bytes;
@@ -398,8 +420,8 @@ impl Cluster {
             // It has better things to do; others take over from it.
             return;
         }
-        link.declined = true;
-        // It is asked again when it reconnects. The others may have room for its part; of a plan that is not in use yet,
+        link.decline(now);
+        // The others may have room for its part; of a plan that is not in use yet,
         // that is seen when it would be.
         if current {
             self.wanted.replaced = Some(node);
@@ -414,6 +436,12 @@ impl Cluster {
             node.barred &= !pardoned;
             if node.link.as_mut().is_some_and(|link| link.trust.tick(now) || pardoned) {
                 actions.push(Action::Report(index, "is tried again".into()));
+            }
+            if let Some(link) =
+                node.link.as_mut().filter(|link| link.declined.is_some_and(|until| until <= now))
+            {
+                (link.declined, link.wants_in) = (None, true);
+                actions.push(Action::Report(index, "is asked again to hold experts".into()));
             }
         }
     }

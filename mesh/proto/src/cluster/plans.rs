@@ -457,7 +457,7 @@ impl Cluster {
             if asked == Order::Sent && link.leaving.is_none() {
                 match link.is_too_slow(now, given_up.since) {
                     Some(note) => {
-                        link.declined = true;
+                        link.decline(now);
                         actions.push(Action::Report(index, note));
                     }
                     None => link.stood_back = true,

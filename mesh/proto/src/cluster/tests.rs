@@ -314,8 +314,39 @@ fn a_refusal_is_reported_and_the_others_take_over_what_fits() {
     cluster.handle(SECOND, Event::Placed(0, ack(2)));
     assert_eq!((routed(&cluster, 0), cluster.unplaced()), (20, 4));
     assert_eq!(state(&cluster, 1), NodeState::Refused);
-    assert_eq!(cluster.handle(SECOND, Event::Tick), [], "it is not asked again by itself");
-    assert_eq!(places(&cluster.handle(SECOND, Event::Plan)), [(0, 3, 12), (1, 3, 12)], "but on demand");
+    let almost = SECOND + nodes::DECLINED_MIN - Duration::from_millis(1);
+    assert_eq!(cluster.handle(almost, Event::Tick), [], "it is not asked again at once");
+    assert_eq!(places(&cluster.handle(almost, Event::Plan)), [(0, 3, 12), (1, 3, 12)], "but on demand");
+}
+
+#[test]
+fn who_refused_is_asked_again_later_and_later() {
+    let mut cluster = cluster(2);
+    cluster.handle(SECOND, Event::Joined(0, hello(20)));
+    cluster.handle(SECOND, Event::Joined(1, hello(20)));
+    let (mut now, mut epoch, mut pauses) = (SECOND, 1, Vec::new());
+    cluster.handle(now, Event::Placed(0, ack(epoch)));
+    for _ in 0..3 {
+        let refusal = Placed { epoch, weight_bytes: 0, refusal: "disk full".into() };
+        let without = places(&cluster.handle(now, Event::Placed(1, refusal)));
+        let [(0, without, 20)] = without[..] else { panic!("{without:?}") };
+        cluster.handle(now, Event::Placed(0, ack(without)));
+        assert_eq!((state(&cluster, 1), routed(&cluster, 0)), (NodeState::Refused, 20));
+        let refused = now;
+        while state(&cluster, 1) == NodeState::Refused {
+            now += SECOND;
+            let ordered = places(&cluster.handle(now, Event::Tick));
+            if let Some((_, with, _)) = ordered.iter().find(|(node, ..)| *node == 1) {
+                epoch = *with;
+                cluster.handle(now, Event::Placed(0, ack(epoch)));
+            }
+        }
+        pauses.push((now - refused).as_secs());
+    }
+    assert_eq!(pauses, [30, 60, 120]);
+    // There is room now.
+    cluster.handle(now, Event::Placed(1, ack(epoch)));
+    assert_eq!((routed(&cluster, 0), routed(&cluster, 1), cluster.unplaced()), (12, 12, 0));
 }
 
 #[test]
@@ -637,6 +668,25 @@ fn a_restart_with_an_older_plan_goes_beyond_what_nodes_hold() {
     cluster.handle(SECOND, Event::Placed(0, ack(8)));
     cluster.handle(SECOND, Event::Placed(1, ack(8)));
     assert_eq!((cluster.epoch(), routed(&cluster, 0), routed(&cluster, 1)), (8, 8, 8));
+}
+
+#[test]
+fn a_node_that_claims_the_largest_epoch_does_not_shut_the_others_out() {
+    let mut cluster = Direct::with_policy(members(2), facts(), Policy { plan_at_nodes: 2, ..at_once() });
+    cluster.handle(SECOND, Event::Joined(0, Hello { held_epoch: EPOCH_MAX - 1, ..hello(100) }));
+    let placed = places(&cluster.handle(SECOND, Event::Joined(1, hello(100))));
+    assert_eq!(placed, [(0, EPOCH_MAX, 12), (1, EPOCH_MAX, 12)]);
+    cluster.handle(SECOND, Event::Placed(1, ack(EPOCH_MAX)));
+    // An honest node loses its connection and comes back, to this router and to its next start.
+    let back = Hello { held_epoch: EPOCH_MAX, ..hello(100) };
+    let asked = places(&cluster.handle(2 * SECOND, Event::Joined(1, back.clone())));
+    assert_eq!(asked, [(1, EPOCH_MAX, 12)]);
+    let mut next = Direct::with_policy(members(2), facts(), at_once());
+    next.restore(cluster.newest().unwrap());
+    assert_eq!(places(&next.handle(SECOND, Event::Joined(1, back))), [(1, EPOCH_MAX, 12)]);
+    let beyond = Hello { held_epoch: EPOCH_MAX + 1, ..hello(100) };
+    let actions = next.handle(SECOND, Event::Joined(0, beyond));
+    assert!(matches!(&actions[..], [Action::Disconnect(0, why)] if why.contains("restart")), "{actions:?}");
 }
 
 #[test]

@@ -41,8 +41,11 @@ fn open(directory: &Path, manifest: &Value) -> Result<Found, ManifestError> {
 fn a_correct_directory_opens_and_verifies() {
     let (directory, manifest) = packed();
     let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
-    assert_eq!(model.tensor(TensorName::Expert(1, 1)).unwrap().len(), Format::Q4.expert_bytes(32, 32));
-    assert!(model.tensor(TensorName::Expert(0, 0)).is_none());
+    assert_eq!(
+        model.tensor(TensorName::Expert(1, 1)).unwrap().unwrap().len(),
+        Format::Q4.expert_bytes(32, 32)
+    );
+    assert!(model.tensor(TensorName::Expert(0, 0)).unwrap().is_none());
     model.verify(&mut { NO_PROGRESS }).unwrap();
     assert!(matches!(PackedFiles::open(Path::new("/nonexistent")), Ok(Found::Nothing)));
     let mut other = manifest;
@@ -126,7 +129,87 @@ fn changed_bytes_are_found_by_verify() {
     };
     let message = model.verify(&mut { NO_PROGRESS }).unwrap_err().to_string();
     assert!(message.contains("router.bin: layers.1.experts.0 does not have the hash"), "{message}");
+    // Before they are used, too; what is next to them is not to blame.
+    let expert = TensorName::Expert(1, 0);
+    let message = model.tensor(expert).unwrap_err().to_string();
+    assert!(message.contains("router.bin: layers.1.experts.0 does not have the hash"), "{message}");
+    model.tensor(TensorName::Expert(1, 1)).unwrap();
     bytes.pop();
     std::fs::write(&path, &bytes).unwrap();
     assert!(open(directory.path(), &manifest).unwrap_err().to_string().contains("bytes long, expected"));
+}
+
+/// All of an expert of the tiny model, into memory.
+fn read(model: &PackedFiles, expert: u16) -> Result<Vec<u8>, ManifestError> {
+    let mut out = vec![1; Format::Q4.expert_bytes(32, 32)];
+    let whole = 0..out.len();
+    assert!(model.read(TensorName::Expert(1, expert), std::iter::once(whole), &mut out)?);
+    Ok(out)
+}
+
+#[test]
+fn each_of_1000_flipped_bits_is_found_when_the_expert_is_loaded() {
+    let (directory, manifest) = packed();
+    let path = directory.path().join("router.bin");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let bits = Format::Q4.expert_bytes(32, 32) * 8;
+    let mut found = 0;
+    for flip in 0..1000 {
+        let (expert, bit) = (flip % 2, flip * ((bits / 1000) | 1) % bits);
+        let at = manifest["blobs"][format!("layers.1.experts.{expert}")]["offset"].as_u64().unwrap() as usize;
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+        std::fs::write(&path, &bytes).unwrap();
+        let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
+        let whole = read(&model, expert as u16).unwrap_err().to_string();
+        let name = TensorName::Expert(1, expert as u16);
+        let part = model.read(name, std::iter::once(0..64), &mut [0; 64]).unwrap_err().to_string();
+        let wanted = format!("router.bin: layers.1.experts.{expert} does not have the hash");
+        found += usize::from(whole.contains(&wanted) && part == whole);
+        assert!(read(&model, 1 - expert as u16).unwrap().iter().all(|byte| *byte == 0));
+        bytes[at + bit / 8] ^= 1 << (bit % 8);
+    }
+    assert_eq!(found, 1000);
+}
+
+#[test]
+fn a_file_that_became_shorter_is_named_and_its_map_not_touched() {
+    let (directory, manifest) = packed();
+    let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
+    let (checked, other) = (TensorName::Expert(1, 0), TensorName::Expert(1, 1));
+    model.tensor(checked).unwrap();
+    model.check_length(checked).unwrap();
+    let path = directory.path().join("router.bin");
+    File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    let reasons = [
+        model.check_length(checked).unwrap_err(),
+        model.tensor(checked).unwrap_err(),
+        model.tensor(other).unwrap_err(),
+        read(&model, 0).unwrap_err(),
+        model.verify(&mut { NO_PROGRESS }).unwrap_err(),
+    ];
+    for reason in reasons {
+        assert!(reason.0.contains("router.bin") && reason.0.contains("became shorter"), "{reason}");
+    }
+    // Whoever deletes it takes its name only.
+    let (directory, manifest) = packed();
+    let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
+    std::fs::remove_file(directory.path().join("router.bin")).unwrap();
+    model.tensor(other).unwrap();
+    assert_eq!(read(&model, 1).unwrap().len(), Format::Q4.expert_bytes(32, 32));
+}
+
+#[test]
+fn only_runs_that_fill_the_place_and_lie_in_the_tensor_are_read() {
+    let (directory, manifest) = packed();
+    let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
+    let bytes = Format::Q4.expert_bytes(32, 32);
+    let read = |name, runs: Vec<Range<usize>>, len: usize| {
+        model.read(name, runs.into_iter(), &mut vec![1; len]).unwrap()
+    };
+    let name = TensorName::Expert(1, 0);
+    assert!(read(name, vec![0..8, 16..24], 16));
+    assert!(!read(name, vec![0..8, 16..24], 17), "not filled");
+    assert!(!read(name, vec![0..8, 16..24], 15), "no room");
+    assert!(!read(name, std::iter::once(bytes - 8..bytes + 8).collect(), 16), "beyond the tensor");
+    assert!(!read(TensorName::Expert(0, 0), std::iter::once(0..8).collect(), 8), "no such tensor");
 }

@@ -10,8 +10,11 @@ use minijinja::{Error, ErrorKind, State};
 /// Deepest nesting of a value turned into JSON; request bodies are limited to 128 by their parser.
 const DEPTH_MAX: usize = 200;
 
-/// Longest JSON in bytes: as long as a whole rendering may become. A list can claim a hundred million items.
-const JSON_BYTES_MAX: usize = super::OUTPUT_BYTES_MAX;
+/// Under which name a rendering keeps how many bytes of JSON it has made.
+const JSON_BYTES: &str = "json_bytes";
+
+/// Appends one item of a list or an object.
+type WriteItem<'a> = dyn Fn(&Value, &mut Room) -> Result<(), Error> + 'a;
 
 /// `repr(value)`: the shortest digits that read back the same, scientific from 1e16 and below 1e-4.
 pub(super) fn float(value: f64) -> String {
@@ -48,61 +51,70 @@ pub(super) struct JsonStyle {
 }
 
 impl JsonStyle {
+    /// `value` as JSON, as long as that and what this rendering has made before are at most `max` bytes: a list can claim
+    /// a hundred million items, and a template can turn it into JSON again and again.
+    pub(super) fn json(&self, state: &mut State<'_, '_>, value: &Value, max: usize) -> Result<String, Error> {
+        let made = state.get_temp(JSON_BYTES).map_or(Ok(0), usize::try_from)?;
+        let mut room = Room { bytes: max.saturating_sub(made), output: String::new() };
+        self.write(value, 0, &mut room)?;
+        state.set_temp(JSON_BYTES, Value::from(made + room.output.len()));
+        Ok(room.output)
+    }
+
     /// Appends `value`, which is nested `depth` deep.
-    pub(super) fn write(&self, value: &Value, depth: usize, output: &mut String) -> Result<(), Error> {
+    fn write(&self, value: &Value, depth: usize, output: &mut Room) -> Result<(), Error> {
         if depth > DEPTH_MAX {
             let message = format!("tojson: nested deeper than {DEPTH_MAX}");
             return Err(Error::new(ErrorKind::InvalidOperation, message));
         }
         match value.kind() {
-            ValueKind::None => output.push_str("null"),
-            ValueKind::Bool => output.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number if value.is_integer() => output.push_str(&value.to_string()),
-            ValueKind::Number => output.push_str(&json_float(f64::try_from(value.clone())?)),
+            ValueKind::None => output.push("null"),
+            ValueKind::Bool => output.push(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number if value.is_integer() => output.push(&value.to_string()),
+            ValueKind::Number => output.push(&json_float(f64::try_from(value.clone())?)),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), output),
             ValueKind::Seq | ValueKind::Iterable => {
-                let write = |item: &Value, output: &mut String| self.write(item, depth + 1, output);
-                self.enclose(['[', ']'], (value.try_iter()?, &write), depth, output)?;
+                let write = |item: &Value, output: &mut Room| self.write(item, depth + 1, output);
+                self.enclose(["[", "]"], (value.try_iter()?, &write), depth, output)
             }
             ValueKind::Map => {
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
                 if self.sorted {
                     keys.sort();
                 }
-                let write = |key: &Value, output: &mut String| {
+                let write = |key: &Value, output: &mut Room| {
                     match key.as_str() {
-                        Some(name) => self.string(name, output),
+                        Some(name) => self.string(name, output)?,
                         None => {
-                            let mut name = String::new();
+                            let mut name = Room { bytes: output.bytes, output: String::new() };
                             self.write(key, depth + 1, &mut name)?;
-                            self.string(&name, output);
+                            self.string(&name.output, output)?;
                         }
                     }
-                    output.push_str(&self.key);
+                    output.push(&self.key)?;
                     self.write(&value.get_item(key)?, depth + 1, output)
                 };
-                self.enclose(['{', '}'], (keys.into_iter(), &write), depth, output)?;
+                self.enclose(["{", "}"], (keys.into_iter(), &write), depth, output)
             }
             kind => {
                 let message = format!("tojson: {kind} is not JSON serializable");
-                return Err(Error::new(ErrorKind::InvalidOperation, message));
+                Err(Error::new(ErrorKind::InvalidOperation, message))
             }
         }
-        Ok(())
     }
 
     fn enclose(
         &self,
-        [open, close]: [char; 2],
-        (items, write): (impl Iterator<Item = Value>, &dyn Fn(&Value, &mut String) -> Result<(), Error>),
+        [open, close]: [&str; 2],
+        (items, write): (impl Iterator<Item = Value>, &WriteItem<'_>),
         depth: usize,
-        output: &mut String,
+        output: &mut Room,
     ) -> Result<(), Error> {
-        output.push(open);
+        output.push(open)?;
         let mut is_empty = true;
         for item in items {
             if !is_empty {
-                output.push_str(&self.item);
+                output.push(&self.item)?;
             }
             is_empty = false;
             self.line(depth + 1, output)?;
@@ -111,26 +123,24 @@ impl JsonStyle {
         if !is_empty {
             self.line(depth, output)?;
         }
-        output.push(close);
-        Ok(())
+        output.push(close)
     }
 
-    /// Begins a line, if there are to be several, unless what there is by now is too long.
-    fn line(&self, depth: usize, output: &mut String) -> Result<(), Error> {
-        let indent = self.indent.as_ref().map_or(0, |indent| depth * indent.len());
-        if output.len() + indent > JSON_BYTES_MAX {
-            let message = format!("tojson: longer than {JSON_BYTES_MAX} bytes");
-            return Err(Error::new(ErrorKind::InvalidOperation, message));
-        }
-        if let Some(indent) = &self.indent {
-            output.push('\n');
-            (0..depth).for_each(|_| output.push_str(indent));
-        }
-        Ok(())
+    /// Begins a line, if there are to be several.
+    fn line(&self, depth: usize, output: &mut Room) -> Result<(), Error> {
+        let Some(indent) = &self.indent else { return Ok(()) };
+        output.push("\n")?;
+        (0..depth).try_for_each(|_| output.push(indent))
     }
 
-    fn string(&self, text: &str, output: &mut String) {
-        output.push('"');
+    fn string(&self, text: &str, output: &mut Room) -> Result<(), Error> {
+        output.fits(text.len())?;
+        let text = self.escaped(text);
+        ["\"", &text, "\""].into_iter().try_for_each(|part| output.push(part))
+    }
+
+    fn escaped(&self, text: &str) -> String {
+        let mut output = String::with_capacity(text.len());
         for character in text.chars() {
             match character {
                 '"' => output.push_str("\\\""),
@@ -140,12 +150,33 @@ impl JsonStyle {
                 '\t' => output.push_str("\\t"),
                 '\u{8}' => output.push_str("\\b"),
                 '\u{c}' => output.push_str("\\f"),
-                control if control < ' ' => escape(control, output),
-                other if self.ascii && !(' '..='~').contains(&other) => escape(other, output),
+                control if control < ' ' => escape(control, &mut output),
+                other if self.ascii && !(' '..='~').contains(&other) => escape(other, &mut output),
                 plain => output.push(plain),
             }
         }
-        output.push('"');
+        output
+    }
+}
+
+/// Where JSON is written, and how much of it there may be.
+struct Room {
+    bytes: usize,
+    output: String,
+}
+
+impl Room {
+    fn fits(&self, bytes: usize) -> Result<(), Error> {
+        if bytes <= self.bytes.saturating_sub(self.output.len()) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::InvalidOperation, "tojson: too many bytes of JSON in one rendering"))
+    }
+
+    fn push(&mut self, text: &str) -> Result<(), Error> {
+        self.fits(text.len())?;
+        self.output.push_str(text);
+        Ok(())
     }
 }
 

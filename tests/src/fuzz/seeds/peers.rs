@@ -5,7 +5,9 @@ use mesh_proto::placement::{Capacity, Copies, Wishes, plan};
 use mesh_proto::stored::Stored;
 use mesh_wire::buffer::Pool;
 use mesh_wire::call::{Assignment, CallDraft, CallHead};
-use mesh_wire::control::{CallRefused, Goodbye, Hello, Placed, Placement, Probe, Probed, Refusal};
+use mesh_wire::control::{
+    CallRefused, Goodbye, Health, Hello, Loading, Placed, Placement, Probe, Probed, Refusal, Vitals,
+};
 use mesh_wire::frame::Op;
 use mesh_wire::id::{ExpertKey, Slice};
 use mesh_wire::message::Message;
@@ -13,7 +15,7 @@ use mesh_wire::payload::RowFormat;
 use mesh_wire::reply::{ReplyHead, encode_sums};
 
 use super::super::Verdict;
-use super::super::placement::{facts, members};
+use super::super::cluster::{capacities, facts, members};
 use super::super::trust::{ROSTER_HEAD_BYTES, cluster, roster_with, token_text};
 use super::super::wire::control;
 use super::Seed;
@@ -38,6 +40,14 @@ fn messages() -> Vec<(&'static str, Message)> {
         held_epoch: 4,
         instance: u64::MAX,
     };
+    let greedy = Hello { memory_bytes: u64::MAX, weight_mb_s: [u32::MAX; 5], ..hello.clone() };
+    let vitals = Vitals {
+        temperature_mc: Some(83_000),
+        throttled: Some(true),
+        power_mw: Some(4500),
+        energy_mj: Some(1 << 40),
+    };
+    let odd = Vitals { temperature_mc: Some(i32::MAX), power_mw: Some(u32::MAX - 1), ..vitals };
     let slice = |layer, expert, from, to| Slice { key: ExpertKey { layer, expert }, from, to };
     let experts = vec![slice(0, 3, 0, 6), slice(1, 0, 2, 6), slice(1, 7, 0, 1)];
     let detail = "epoch 3, not 4".into();
@@ -49,6 +59,10 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("refused", Message::CallRefused(CallRefused { call: 9, refusal: Refusal::UnknownEpoch, detail })),
         ("probe", Message::Probe(Probe { id: 3, answer_bytes: 4, padding: vec![5; 6] })),
         ("probed", Message::Probed(Probed { id: 3, padding: vec![0; 4] })),
+        ("health", Message::Health(Health { epoch: 8, calls: 9, vitals, ..Health::default() })),
+        ("health-unbelievable", Message::Health(Health { vitals: odd, ..Health::default() })),
+        ("loading", Message::Loading(Loading { done_bytes: 1, total_bytes: u64::MAX, peer_bytes: 2 })),
+        ("hello-unbelievable", Message::Hello(greedy)),
         ("leaving", Message::Leaving),
         ("ping", Message::Ping(u64::MAX)),
         ("pong", Message::Pong(1)),
@@ -173,6 +187,10 @@ fn tokens() -> Vec<Seed> {
         listed("none", String::new()),
         listed("three", format!("{} 1 99 -\n{} 1 0 {}\n{} 2 5 -\n", hex("a"), hex("0"), hex("f"), hex("7"))),
         listed("key-with-signs", format!("{} 1 99 -\n", "+a".repeat(32))),
+        listed("last-second", format!("{} 1 18446744073709551615 -\n", hex("b"))),
+        listed("no-end", format!("{} 1 99 -", hex("c"))),
+        listed("role-3", format!("{} 3 99 -\n", hex("d"))),
+        listed("twice", format!("{} 1 99 -\n", hex("e")).repeat(2)),
         listed("short-key", "abc 1 99 -\n".to_owned()),
         listed("too-many", format!("{} 1 99 -\n", hex("a")).repeat(129)),
         Seed::new("tickets", "other", "moemesh-tokens-2\n"),
@@ -205,15 +223,13 @@ fn joins() -> Vec<Seed> {
 
 fn placements() -> Vec<Seed> {
     let facts = facts();
-    let machine = |mb_s| Machine { weight_mb_s: [mb_s; 5], ..Machine::default() };
-    let nodes = [(0, 8000), (1, 4000), (2, 4000)]
-        .map(|(node, mb_s)| (node, 1 << 40, mb_s))
-        .map(|(node, bytes, mb_s)| Capacity { node, memory_bytes: bytes, machine: machine(mb_s) });
+    let nodes = capacities();
     let stored = |wishes: Wishes, nodes: &[Capacity]| {
         let plan = plan(&facts, nodes, &wishes, None);
         Stored { epoch: 41, plan }.to_text(&facts, &members())
     };
-    let cut = Wishes { copies: Copies::Auto, slices: true, router_experts: 2, router: machine(9000) };
+    let router = Machine { weight_mb_s: [9000; 5], ..Machine::default() };
+    let cut = Wishes { copies: Copies::Auto, slices: true, router_experts: 2, router };
     let whole = stored(cut, &nodes);
     let seed = |name: &str, text: &str| Seed::new("placement", name, text);
     let key = cluster().public().to_hex();

@@ -415,8 +415,10 @@ fn a_node_that_stops_making_progress_is_not_waited_for() {
     stage.run_beside_slow(12 * SECOND, 0);
     assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch(), stage.unserved()), (1, None, 0));
     assert_eq!(state(&stage.cluster, 2), NodeState::Refused);
+    stage.run_beside_slow(nodes::DECLINED_MIN - 5 * SECOND, 0);
+    assert_eq!((stage.cluster.epoch(), stage.cluster.next_epoch()), (1, None), "it is left out for a while");
     stage.run(100 * SECOND);
-    assert_eq!(stage.cluster.epoch(), 1, "it is left out until it comes again");
+    assert_eq!(routed(&stage.cluster, 2), 8, "and then asked again");
 }
 
 #[test]
