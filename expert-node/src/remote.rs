@@ -27,9 +27,9 @@ use crate::store::Store;
 /// Layers and experts of a catalogue together: as many as a placement may list.
 const EXPERTS_MAX: usize = mesh_wire::frame::PLACED_EXPERTS_MAX;
 
-/// Bytes of experts whose hashes the router is asked for at a time. Those of slices it has to compute: 1 GiB, read from a
-/// disk at 40 MB/s, takes it half of the time that an answer is waited for.
-const HASHED_BYTES: u64 = 1 << 30;
+/// Bytes of experts whose slices are asked about at a time: a router that says the hash of a slice first reads all of the
+/// expert, at 35 MB/s as many within the minute that it is waited for.
+const HASHED_BYTES_MAX: u64 = 2 << 30;
 
 /// See the module.
 #[derive(Debug)]
@@ -103,8 +103,8 @@ impl Remote {
             let known = self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
             slices.iter().copied().filter(|slice| !known.contains_key(slice)).collect()
         };
-        let at_a_time = (HASHED_BYTES / self.shape.expert_bytes.max(1)) as usize;
-        for asked in unknown.chunks(at_a_time.clamp(1, ASKED_SLICES_MAX)) {
+        let at_once = (HASHED_BYTES_MAX / self.shape.expert_bytes.max(1)).clamp(1, ASKED_SLICES_MAX as u64);
+        for asked in unknown.chunks(at_once as usize) {
             let said = self.supply.hashes(asked).map_err(|error| {
                 OpenError(format!("the router does not say the hashes of the experts to hold: {error}"))
             })?;

@@ -203,13 +203,13 @@ fn only_runs_that_fill_the_place_and_lie_in_the_tensor_are_read() {
     let (directory, manifest) = packed();
     let Ok(Found::Model(model)) = open(directory.path(), &manifest) else { panic!("must open") };
     let bytes = Format::Q4.expert_bytes(32, 32);
-    let read = |name, runs: Vec<Range<usize>>, len: usize| {
-        model.read(name, runs.into_iter(), &mut vec![1; len]).unwrap()
+    let read = |name, runs: &[(usize, usize)], len: usize| {
+        model.read(name, runs.iter().map(|(from, to)| *from..*to), &mut vec![1; len]).unwrap()
     };
     let name = TensorName::Expert(1, 0);
-    assert!(read(name, vec![0..8, 16..24], 16));
-    assert!(!read(name, vec![0..8, 16..24], 17), "not filled");
-    assert!(!read(name, vec![0..8, 16..24], 15), "no room");
-    assert!(!read(name, std::iter::once(bytes - 8..bytes + 8).collect(), 16), "beyond the tensor");
-    assert!(!read(TensorName::Expert(0, 0), std::iter::once(0..8).collect(), 8), "no such tensor");
+    assert!(read(name, &[(0, 8), (16, 24)], 16));
+    assert!(!read(name, &[(0, 8), (16, 24)], 17), "not filled");
+    assert!(!read(name, &[(0, 8), (16, 24)], 15), "no room");
+    assert!(!read(name, &[(bytes - 8, bytes + 8)], 16), "beyond the tensor");
+    assert!(!read(TensorName::Expert(0, 0), &[(0, 8)], 8), "no such tensor");
 }

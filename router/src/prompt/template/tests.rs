@@ -105,7 +105,7 @@ fn the_longest_chats_of_every_kind_take_half_of_the_fuel_at_most() {
                 continue;
             }
             taken += 1;
-            let (spent, bytes) =
+            let (spent, _) =
                 spent(&template, &long).unwrap_or_else(|error| panic!("{name}, {kind}: {error}"));
             assert!(spent <= FUEL / 2, "{name}, {kind}: {spent} instructions");
         }
