@@ -111,6 +111,11 @@ pub struct Store {
     contents: Mutex<Contents>,
 }
 
+/// What is wrong with a blob that has another length than it should.
+fn other_length(found: u64, bytes: u64) -> String {
+    format!("it is {found} bytes long instead of {bytes}")
+}
+
 /// The file's name.
 pub fn name_of(hash: &Hash) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
@@ -172,8 +177,8 @@ impl Store {
         if kept.bytes == bytes {
             return true;
         }
-        let why = format!("it is {} bytes long instead of {bytes}", kept.bytes);
-        if let Err(error) = self.give_up_damaged(hash, &why) {
+        let why = other_length(kept.bytes, bytes);
+        if let Err(error) = self.give_up_damaged(&mut self.contents(), hash, &why) {
             // Whoever writes the new one over it will say so again.
             tracing::error!(%error, "a damaged file stays");
         }
@@ -228,9 +233,8 @@ impl Store {
         wanted: &BTreeMap<Hash, u64>,
     ) -> Result<(), StoreError> {
         for (hash, bytes) in wanted {
-            if contents.kept.get(hash).is_some_and(|kept| kept.bytes != *bytes) {
-                remove(&self.file(hash))?;
-                contents.kept.remove(hash);
+            if let Some(kept) = contents.kept.get(hash).copied().filter(|kept| kept.bytes != *bytes) {
+                self.give_up_damaged(contents, hash, &other_length(kept.bytes, *bytes))?;
             }
             if contents.parts.get(hash).is_some_and(|part| part > bytes) {
                 remove(&self.part_file(hash))?;
@@ -297,20 +301,24 @@ impl Store {
                 self.note_checked(hash);
                 Ok(true)
             }
-            Ok(()) => self.give_up_damaged(hash, "its bytes do not have the hash it is named by"),
+            Ok(()) => self.give_up_damaged(
+                &mut self.contents(),
+                hash,
+                "its bytes do not have the hash it is named by",
+            ),
             Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::NotFound) => {
-                self.give_up_damaged(hash, "it is shorter than it was")
+                self.give_up_damaged(&mut self.contents(), hash, "it is shorter than it was")
             }
             // A disk that cannot read a sector is not asked again for this file.
-            Err(error) => self.give_up_damaged(hash, &error.to_string()),
+            Err(error) => self.give_up_damaged(&mut self.contents(), hash, &error.to_string()),
         }
     }
 
-    fn give_up_damaged(&self, hash: &Hash, why: &str) -> Result<bool, StoreError> {
+    fn give_up_damaged(&self, contents: &mut Contents, hash: &Hash, why: &str) -> Result<bool, StoreError> {
         let path = self.file(hash);
         tracing::error!(path = %path.display(), "a stored expert is damaged ({why}); it is fetched again");
         remove(&path)?;
-        self.contents().kept.remove(hash);
+        contents.kept.remove(hash);
         Ok(false)
     }
 

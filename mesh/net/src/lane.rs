@@ -79,12 +79,21 @@ pub(crate) struct Job {
     slot: Arc<Slot>,
     frame: Option<Buffer>,
     tally: Arc<Tally>,
+    /// It counts as out.
+    is_out: bool,
 }
 
 impl Job {
     pub(crate) fn new(slot: Arc<Slot>, call: OutgoingCall, tally: Arc<Tally>) -> Job {
         tally.begin(slot.assignments);
-        Job { slot, frame: Some(call.into_buffer()), tally }
+        Job { slot, frame: Some(call.into_buffer()), tally, is_out: true }
+    }
+
+    /// It is not out any more. Before its slot is completed, so that whoever is woken by that does not count it.
+    fn end(&mut self) {
+        if std::mem::take(&mut self.is_out) {
+            self.tally.end(self.slot.assignments);
+        }
     }
 }
 
@@ -97,7 +106,7 @@ impl Job {
 
 impl Drop for Job {
     fn drop(&mut self) {
-        self.tally.end(self.slot.assignments);
+        self.end();
         if self.slot.complete(Err(CallError::Gone)) {
             self.tally.update(|counters| counters.gone += 1);
         }
@@ -270,10 +279,13 @@ impl Worker {
         };
         tokio::select! {
             biased;
-            answer = answer => match answer {
-                Ok(answer) => self.settle(answer, &slot),
-                Err(failure) => self.fail(failure, &slot),
-            },
+            answer = answer => {
+                job.end();
+                match answer {
+                    Ok(answer) => self.settle(answer, &slot),
+                    Err(failure) => self.fail(failure, &slot),
+                }
+            }
             () = slot.abandoned.notified() => {
                 self.tally.update(|counters| counters.cancelled += 1);
                 End::Replace(LaneReset::Cancelled)

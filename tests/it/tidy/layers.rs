@@ -1,7 +1,7 @@
 //! Which crate may depend on which: read off the manifests.
 //!
 //! `tests, benches, cli > {router, expert-node} > mesh-net > mesh-proto > mesh-wire` and
-//! `{router, expert-node} > model`; `cli > mesh-discovery > mesh-net`. Router and node never see each other, mesh and model never meet.
+//! `{router, expert-node} > model`; `tests, cli > mesh-discovery > mesh-net`. Router and node never see each other, mesh and model never meet.
 
 use super::Complaint;
 
@@ -16,7 +16,19 @@ const LAYERS: [(&str, &[&str]); 11] = [
     ("expert-node", &["mesh-net", "mesh-proto", "mesh-wire", "model"]),
     ("moemesh", &["expert-node", "mesh-discovery", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
     ("moemesh-benches", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "router"]),
-    ("moemesh-tests", &["expert-node", "mesh-net", "mesh-proto", "mesh-wire", "model", "moemesh", "router"]),
+    (
+        "moemesh-tests",
+        &[
+            "expert-node",
+            "mesh-discovery",
+            "mesh-net",
+            "mesh-proto",
+            "mesh-wire",
+            "model",
+            "moemesh",
+            "router",
+        ],
+    ),
     ("moemesh-fuzz", &["moemesh-tests"]),
 ];
 

@@ -85,7 +85,9 @@ fn spent(template: &ChatTemplate, chat: &Chat) -> Result<(u64, usize), TemplateE
         let wrong = |error: Error| TemplateError(describe(&error));
         let compiled = template.environment.get_template("chat").map_err(wrong)?;
         let mut output = Bounded { bytes: Vec::new(), max: OUTPUT_BYTES_MAX };
-        let variables = variables(chat, &SpecialTokens::default());
+        let marks = [("bos_token", "<s>"), ("eos_token", "</s>")];
+        let marks = marks.map(|(name, text)| (name.to_owned(), Value::from(text)));
+        let variables = variables(chat, &SpecialTokens(Map::from_iter(marks)));
         let captured = compiled.render_captured_to(Serde(&variables), &mut output).map_err(wrong)?;
         let (spent, _) = captured.state().fuel_levels().unwrap();
         Ok((spent, output.bytes.len()))

@@ -108,6 +108,17 @@ fn read_inputs(folder: &Path) -> std::io::Result<Vec<Vec<u8>>> {
     paths.iter().map(std::fs::read).collect()
 }
 
+/// What the router serves. Others of us are at it already, so the question may be lost among what they send.
+async fn model(who: &Who, options: &Options) -> Result<[u8; 32], String> {
+    let until = Instant::now() + options.seconds;
+    loop {
+        match who.model(options.to).await {
+            Err(_) if Instant::now() < until => sleep(PAUSE).await,
+            said => return said,
+        }
+    }
+}
+
 /// Sends inputs for as long as told; what came of it.
 pub(crate) async fn run(options: &Options) -> Result<Value, String> {
     let inputs = read_inputs(&options.corpus).map_err(|error| error.to_string())?;
@@ -117,7 +128,7 @@ pub(crate) async fn run(options: &Options) -> Result<Value, String> {
     let (dice, seen) = (Mutex::new(Dice::new(options.seed)), Mutex::default());
     let who = Who::of(options)?;
     let hello = match options.protocol {
-        Protocol::Mesh => hello(who.model(options.to).await?).ok_or("no hello can be made")?,
+        Protocol::Mesh => hello(model(&who, options).await?).ok_or("no hello can be made")?,
         Protocol::Join | Protocol::Weights => Vec::new(),
     };
     let feed = Arc::new(Feed { inputs, hello, dice, seen });

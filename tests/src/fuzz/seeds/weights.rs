@@ -23,11 +23,12 @@ pub(super) fn seeds() -> Vec<Seed> {
     for (name, frame) in &frames {
         let body = [&[frame.op() as u8][..], frame.body()].concat();
         // The last number of an archive is where something is: as far away as can be.
-        let mut far = body.clone();
-        let at = body.len() - 8;
-        far[at..at + 4].fill(0xff);
+        if let Some(at) = body.len().checked_sub(8) {
+            let mut far = body.clone();
+            far[at..at + 4].fill(0xff);
+            seeds.push(Seed::new("control", &format!("weights-{name}-far"), far));
+        }
         seeds.push(Seed::new("control", &format!("weights-{name}"), body));
-        seeds.push(Seed::new("control", &format!("weights-{name}-far"), far));
         seeds.push(Seed::new("frame", &format!("weights-{name}"), frame.frame()));
     }
     seeds
