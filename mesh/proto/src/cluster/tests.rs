@@ -320,7 +320,7 @@ fn a_refusal_is_reported_and_the_others_take_over_what_fits() {
 }
 
 /// What follows from an event, where node 0 does whatever it is asked for. The epoch that node 1 is asked to hold.
-fn settle(cluster: &mut Cluster, now: Duration, event: Event) -> Option<u64> {
+fn settle(cluster: &mut Direct, now: Duration, event: Event) -> Option<u64> {
     let mut asked = None;
     for (node, epoch, _) in places(&cluster.handle(now, event)) {
         if node == 0 {
