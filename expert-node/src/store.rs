@@ -225,8 +225,8 @@ impl Store {
         }
     }
 
-    /// Deletes blobs that are wanted, but not of the length they have, and parts that are longer than they should become:
-    /// they would be fetched anew in any case, and take room until then.
+    /// Deletes blobs that are wanted, but not of the length they have, and parts that are longer than they should become or
+    /// of blobs that are complete: they would be fetched anew in any case or never used, and take room until then.
     fn give_up_misfits(
         &self,
         contents: &mut Contents,
@@ -236,7 +236,8 @@ impl Store {
             if let Some(kept) = contents.kept.get(hash).copied().filter(|kept| kept.bytes != *bytes) {
                 self.give_up_damaged(contents, hash, &other_length(kept.bytes, *bytes))?;
             }
-            if contents.parts.get(hash).is_some_and(|part| part > bytes) {
+            let whole = contents.kept.contains_key(hash);
+            if contents.parts.get(hash).is_some_and(|part| whole || part > bytes) {
                 remove(&self.part_file(hash))?;
                 contents.parts.remove(hash);
             }

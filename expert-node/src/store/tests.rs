@@ -174,6 +174,10 @@ fn files_of_a_wrong_length_and_what_others_left_do_not_take_the_room_of_what_is_
     store.make_room(&wanted(&[1, 2])).unwrap();
     assert_eq!(store.bytes(), 0);
     keep(&store, 1);
+    std::fs::write(store.part_file(&blob(1).0), &long[..BYTES]).unwrap();
+    drop(store);
+    let store = open(&folder, Some(2 * BYTES as u64));
+    store.make_room(&wanted(&[1, 2])).unwrap();
     keep(&store, 2);
     assert!(read(&store, 1) && read(&store, 2) && inside.exists() && store.folder.file(&capitals).exists());
 }

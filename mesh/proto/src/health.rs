@@ -238,17 +238,20 @@ impl Trust {
     }
 
     /// Mean round trip of this size; of a size not seen yet, from the nearest smaller one as if no weights were
-    /// shared by rows, else from the nearest larger one as it is. Both are upper bounds.
+    /// shared by rows, else from the nearest larger one as it is. Both are upper bounds, the first up to `GUESS_MAX` or
+    /// what the smaller one took.
     fn expected(&self, assignments: u32) -> Option<Duration> {
         let own = size(assignments);
         if let Some(mean) = self.round_trip[own] {
             return Some(seconds(mean));
         }
-        let smaller = (0..own)
-            .rev()
-            .find_map(|slot| self.round_trip[slot].map(|mean| mean * f64::from(1_u32 << (own - slot))));
+        let smaller = (0..own).rev().find_map(|slot| {
+            let mean = self.round_trip[slot]?;
+            let guess = mean * f64::from(1_u32 << (own - slot));
+            Some(seconds(guess).min(GUESS_MAX.max(seconds(mean))))
+        });
         let larger = || self.round_trip[own..].iter().find_map(|mean| *mean);
-        smaller.map(|guess| seconds(guess).min(GUESS_MAX)).or_else(|| larger().map(seconds))
+        smaller.or_else(|| larger().map(seconds))
     }
 }
 

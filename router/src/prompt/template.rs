@@ -33,7 +33,7 @@ pub(super) const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' 
 /// Source bytes at most: ten times the longest of a published model.
 const SOURCE_BYTES_MAX: usize = 256 << 10;
 /// Template instructions per rendering: a tenth of a second of work. A long chat takes some ten thousand; one of as many
-/// messages as a request may have MEASURED at most with the templates of published models (`tests`).
+/// messages as a request may have takes half a million at most with the templates of published models (`tests`).
 const FUEL: u64 = 2_000_000;
 /// Stack of compiling and rendering. Operators in a row (`not not ...`) and lists in lists take a frame each, to read, to
 /// print and to free: as many as the source has bytes, or as a fifth of the instructions. It is address space for as long as
@@ -237,22 +237,23 @@ fn without_generation_tags(source: &str) -> String {
     let mut output = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let inside = &rest[start + 2..start + length];
+        let (before, tag) = rest.split_at(start + 2);
+        let Some(length) = tag.find("%}") else { break };
+        let (inside, after) = tag.split_at(length);
         let word = inside.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
             "generation" => Some(inside.replace("generation", "if true")),
             "endgeneration" => Some(inside.replace("endgeneration", "endif")),
             _ => None,
         };
-        output.push_str(&rest[..start + 2]);
-        match replacement {
+        output.push_str(before);
+        rest = match replacement {
             Some(inside) => {
                 output.push_str(&inside);
-                rest = &rest[start + length..];
+                after
             }
-            None => rest = &rest[start + 2..],
-        }
+            None => tag,
+        };
     }
     output.push_str(rest);
     output

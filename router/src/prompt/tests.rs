@@ -212,6 +212,10 @@ fn hostile_templates_are_stopped() {
         let error = render(template, &chat).unwrap_err().to_string();
         assert!(!error.is_empty() && error.len() < 500, "{template}: {error}");
     }
+    for tag in ["{%}", "{%%}", "{%", "{%-%}", "{% generation %}{%}", "\u{e9}{%}"] {
+        let error = render(tag, &chat).unwrap_err().to_string();
+        assert!(!error.contains("thread"), "{tag}: {error}");
+    }
     assert!(ChatTemplate::new(&"(".repeat(200_000)).is_ok(), "text");
     assert!(ChatTemplate::new(&format!("{{{{ {} }}}}", "(".repeat(200_000))).is_err());
     let many: Vec<Value> = (0..4096).map(|_| user("x")[0].clone()).collect();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use mesh_proto::claims::believable;
 use mesh_proto::cluster::{Action, Cluster, EPOCH_MAX, Event, NodeState, Policy};
 use mesh_proto::facts::{LinkSpeed, Member, ModelFacts};
+use mesh_proto::health::{BUDGET_FLOOR, BUDGET_MAX, Budget};
 use mesh_proto::machine::{Capacity, Machine};
 use mesh_proto::placement::{Copies, Wishes};
 use mesh_proto::planner::{Proposal, Task};
@@ -396,8 +397,13 @@ impl Scene {
             if !status.note.is_empty() {
                 says_why(&status.note);
             }
-            let (little, much) = (self.cluster.budget(node, 1), self.cluster.budget(node, u32::MAX));
-            assert!(little.total <= much.total, "more work in less time: {little:?}, {much:?}");
+            for assignments in [1, 40, u32::MAX] {
+                let Budget { hedge, total } = self.cluster.budget(node, assignments);
+                assert!(
+                    hedge <= total && (BUDGET_FLOOR..=BUDGET_MAX).contains(&total),
+                    "{hedge:?}, {total:?}"
+                );
+            }
         }
     }
 

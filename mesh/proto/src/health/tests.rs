@@ -39,6 +39,9 @@ fn a_slow_node_is_given_the_time_it_needs() {
     answered(&mut trust, 512, 4000 * MS, 1);
     assert_eq!(total(&trust, 512, &Speed::default()), 6000 * MS, "above the ceiling, as expected of it");
     assert_eq!(total(&trust, 64, &Speed::default()), GUESS_MAX.min(150 * 8 * MS) * 3 / 2);
+    assert_eq!(total(&trust, u32::MAX, &Speed::default()), 6000 * MS, "no less than half as much took");
+    let mut trust = Trust::default();
+    answered(&mut trust, 8, 150 * MS, 1);
     assert_eq!(total(&trust, u32::MAX, &Speed::default()), GUESS_MAX * 3 / 2, "a guess has an end");
 }
 
