@@ -55,7 +55,8 @@ fn empty_nodes_fetch_their_experts_once_and_tell_the_same_story() {
         let state = cluster.node(node);
         assert_eq!(lent, number(&state, "weight_bytes"), "just what it holds\n{}", cluster.logs());
         assert!(lent > 0 && state["loading"].is_null(), "{state}");
-        let stored: u64 = cluster.stored(node).iter().map(|path| path.metadata().unwrap().len()).sum();
+        let stored: u64 =
+            cluster.stored(node).iter().map(|path| path.metadata().expect("it is there").len()).sum();
         assert_eq!(stored, lent);
     }
 
@@ -104,7 +105,7 @@ fn a_node_that_lost_its_disk_gets_experts_from_a_node_that_has_them() {
     let after = lent(&cluster);
     // Two streams went to the other node, the others to the router.
     assert!(after[1] - before[1] < held, "the router lent {after:?} of {held} bytes\n{}", cluster.logs());
-    let stored: u64 = cluster.stored(1).iter().map(|path| path.metadata().unwrap().len()).sum();
+    let stored: u64 = cluster.stored(1).iter().map(|path| path.metadata().expect("it is there").len()).sum();
     assert_eq!(stored, held);
     // What came from the node is what the router has.
     cluster.kill_node(0);
@@ -118,7 +119,7 @@ fn a_node_holds_no_more_than_its_quota_of_the_disk() {
     let node = ["--disk", "0.001"];
     let shape = Shape { empty: true, node: &node, router: &["--replicas", "1"], ..Shape::nodes(1) };
     let cluster = Alone::start(&shape);
-    let stored: u64 = cluster.stored(0).iter().map(|path| path.metadata().unwrap().len()).sum();
+    let stored: u64 = cluster.stored(0).iter().map(|path| path.metadata().expect("it is there").len()).sum();
     let (held, quota) = (number(&cluster.node(0), "weight_bytes"), 1 << 30);
     assert!(0 < held && held == stored && stored <= quota / 1000, "{held} held, {stored} stored");
     cluster.api.complete(&json!({"prompt": OPENING, "max_tokens": 3, "temperature": 0}));
@@ -147,7 +148,7 @@ fn fetched(cluster: &Cluster, share: f64) -> u64 {
 
 /// Bytes of the largest expert that a node keeps.
 fn largest(cluster: &Cluster, node: usize) -> u64 {
-    let sizes = cluster.stored(node).into_iter().map(|path| path.metadata().unwrap().len());
+    let sizes = cluster.stored(node).into_iter().map(|path| path.metadata().expect("it is there").len());
     sizes.max().expect("it keeps experts")
 }
 
