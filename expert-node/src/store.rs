@@ -8,7 +8,8 @@
 //!
 //! The folder never takes more than its quota. Blobs that a new placement does not need go first, those that were placed
 //! longest ago before others; what it does need stays. Refuses placements that need more than the quota or the disk
-//! has, by name and with figures. One process uses a folder at a time. Files with other names are left alone.
+//! has, by name and with figures. One process uses a folder at a time. Files with other names are left alone, and links are
+//! not followed: nothing that is fetched is written outside the folder.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -136,7 +137,7 @@ impl Store {
             let (digits, partial) = name.strip_suffix(PART).map_or((name, false), |digits| (digits, true));
             let Ok(hash) = blake3::Hash::from_hex(digits) else { continue };
             let found = entry.metadata().map_err(io("look at", &entry.path()))?;
-            // Folders of such names, and names in capitals, are not this program's.
+            // Links, folders of such names, and names in capitals are not this program's.
             if !found.is_file() || name_of(hash.as_bytes()) != digits {
                 continue;
             }
@@ -265,6 +266,10 @@ impl Store {
     /// `Io`, `Full`.
     pub fn part(&self, hash: Hash, bytes: u64) -> Result<Part<'_>, StoreError> {
         let path = self.part_file(&hash);
+        // A link of this name would be written through, to wherever it leads.
+        if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+            remove(&path)?;
+        }
         let mut file = File::options()
             .read(true)
             .write(true)

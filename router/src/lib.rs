@@ -10,7 +10,7 @@ mod view;
 
 mod reachable;
 
-mod shelf;
+pub mod shelf;
 
 pub mod http;
 

@@ -18,7 +18,7 @@ use model::region::{Buffer, Bytes};
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct ModelShelf {
+pub struct ModelShelf {
     model: Arc<Model>,
     /// Hashes of whole experts that had to be made for it; at most one per expert of the model.
     made: Mutex<HashMap<ExpertKey, Hash>>,
@@ -26,7 +26,7 @@ pub(crate) struct ModelShelf {
 
 impl ModelShelf {
     /// Everything of this model.
-    pub(crate) fn new(model: Arc<Model>) -> ModelShelf {
+    pub fn new(model: Arc<Model>) -> ModelShelf {
         ModelShelf { model, made: Mutex::default() }
     }
 

@@ -64,7 +64,10 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 
 /// The program, without the settings of whoever runs the tests.
 fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moemesh"));
+    without_settings(Command::new(env!("CARGO_BIN_EXE_moemesh")))
+}
+
+fn without_settings(mut command: Command) -> Command {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MOEMESH_")) {
         command.env_remove(name);
     }
@@ -135,7 +138,8 @@ pub(crate) fn moemesh_with(arguments: &[&str], environment: &[(&str, &str)]) -> 
 #[derive(Debug)]
 struct Process {
     child: Child,
-    lines: BufReader<ChildStdout>,
+    /// Nothing of one on a terminal.
+    lines: Option<BufReader<ChildStdout>>,
     log: PathBuf,
 }
 
@@ -146,14 +150,15 @@ impl Process {
         command.args(arguments).arg("--stop-with-parent").stdin(Stdio::piped());
         let mut child = command.stdout(Stdio::piped()).stderr(file).spawn().expect("start moemesh");
         let lines = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
-        Process { child, lines, log }
+        Process { child, lines: Some(lines), log }
     }
 
     /// Reads lines until one is an object with this key.
     #[track_caller]
     fn announced(&mut self, key: &str) -> Value {
         let mut line = String::new();
-        while self.lines.read_line(&mut line).expect("read a line") > 0 {
+        let lines = self.lines.as_mut().expect("it is on no terminal");
+        while lines.read_line(&mut line).expect("read a line") > 0 {
             match serde_json::from_str::<Value>(&line) {
                 Ok(value) if value.get(key).is_some() => return value,
                 _ => line.clear(),
@@ -206,7 +211,19 @@ pub(crate) struct Cluster {
     nodes: Vec<Option<Process>>,
     node_arguments: Vec<Vec<String>>,
     router: Process,
+    router_arguments: Vec<String>,
+    /// Where nodes dial.
+    mesh: String,
     directory: TempDir,
+}
+
+/// Starts a router; where nodes dial, and its API.
+fn start_router(arguments: &[String], log: PathBuf) -> (Process, String, Api) {
+    let mut router = Process::start(arguments, log);
+    let listening = router.announced("mesh");
+    let text = |key: &str| listening[key].as_str().expect("it has an address").to_owned();
+    let api = Api::new(&format!("http://{}", text("http")));
+    (router, text("mesh"), api)
 }
 
 /// A cluster beside which no other such cluster runs.
@@ -274,14 +291,37 @@ impl Cluster {
         let ports = ["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--expect", &count];
         let more: Vec<&str> = ports.iter().chain(shape.router).copied().collect();
         let log = directory.path().join("router.log");
-        let mut router = Process::start(&common("router", "router", &more), log);
-        let listening = router.announced("mesh");
-        let http = listening["http"].as_str().expect("the API has an address");
+        let router_arguments = common("router", "router", &more);
+        let (router, mesh, api) = start_router(&router_arguments, log);
         let node_arguments: Vec<Vec<String>> =
             (1..=shape.nodes).map(|index| common("node", &format!("node-{index}"), shape.node)).collect();
-        let api = Api::new(&format!("http://{http}"));
         let nodes = (0..shape.nodes).map(|_| None).collect();
-        Cluster { api, nodes, node_arguments, router, directory }
+        Cluster { api, nodes, node_arguments, router, router_arguments, mesh, directory }
+    }
+
+    /// Starts the router again with more arguments, where nodes look for it; it waits for them.
+    pub(crate) fn restart_router(&mut self, more: &[&str]) {
+        assert_eq!(self.stop_router(), Some(0), "{}", self.logs());
+        let mut arguments = self.router_arguments.clone();
+        let listen = arguments.iter().position(|text| text == "--listen").expect("the router listens");
+        arguments[listen + 1].clone_from(&self.mesh);
+        arguments.extend(more.iter().map(|text| (*text).to_owned()));
+        let log = self.directory.path().join("router.log");
+        (self.router, self.mesh, self.api) = start_router(&arguments, log);
+    }
+
+    /// Starts a node that has joined before on a terminal. What that shows goes to a file, whose path comes back.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn start_node_on_terminal(&mut self, index: usize) -> PathBuf {
+        let shown = self.directory.path().join(format!("terminal-{}", index + 1));
+        let node = [env!("CARGO_BIN_EXE_moemesh").to_owned()].into_iter();
+        let given = self.node_arguments[index].iter().cloned();
+        let line: Vec<String> = node.chain(given).chain(["--stop-with-parent".to_owned()]).collect();
+        let mut command = without_settings(Command::new("script"));
+        command.args(["-qefc", &line.join(" ")]).arg(&shown).stdin(Stdio::piped()).stdout(Stdio::null());
+        let child = command.spawn().expect("start script (of util-linux)");
+        self.nodes[index] = Some(Process { child, lines: None, log: self.log(index) });
+        shown
     }
 
     /// Waits until the router serves; the number of nodes that do.
@@ -293,6 +333,13 @@ impl Cluster {
     pub(crate) fn join_node(&mut self, index: usize) {
         let token = self.token();
         self.join_again(index, &token);
+    }
+
+    /// The same for a node that is to have no model, in a cluster whose nodes have.
+    pub(crate) fn join_empty(&mut self, index: usize) {
+        let model = self.node_arguments[index].iter().position(|text| text == "--model").expect("it has one");
+        self.node_arguments[index].drain(model..model + 2);
+        self.join_node(index);
     }
 
     /// The same with a given token.
@@ -340,8 +387,7 @@ impl Cluster {
 
     /// Where nodes dial.
     pub(crate) fn mesh(&self) -> String {
-        let made = moemesh(&["token", "--state", &self.state("router"), "--json"]).json();
-        made["addresses"][0].as_str().expect("an address").to_owned()
+        self.mesh.clone()
     }
 
     /// A join token.

@@ -215,6 +215,28 @@ fn a_full_disk_is_named_with_the_file_and_the_need() {
     );
 }
 
+#[cfg(unix)]
+#[test]
+fn links_in_the_folder_lead_nowhere() {
+    let (folder, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (hash, bytes) = blob(3);
+    let (kept, written) = (outside.path().join("kept"), outside.path().join("written"));
+    std::fs::write(&kept, &bytes).unwrap();
+    std::fs::write(&written, b"of somebody else").unwrap();
+    let store = open(&folder, None);
+    std::os::unix::fs::symlink(&kept, store.file(&hash)).unwrap();
+    std::os::unix::fs::symlink(&written, store.part_file(&hash)).unwrap();
+    drop(store);
+    let store = open(&folder, None);
+    assert_eq!((store.bytes(), store.holds(&hash, BYTES as u64)), (0, false));
+    assert!(!read(&store, 3));
+    keep(&store, 3);
+    assert!(read(&store, 3));
+    assert!(store.file(&hash).symlink_metadata().unwrap().is_file());
+    assert_eq!(std::fs::read(&written).unwrap(), b"of somebody else");
+    assert!(std::fs::read(&kept).unwrap() == bytes);
+}
+
 #[test]
 fn whole_blobs_are_lent_and_damaged_ones_are_not() {
     let folder = tempfile::tempdir().unwrap();

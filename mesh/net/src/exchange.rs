@@ -60,6 +60,8 @@ pub struct ExchangeConfig {
     pub listen: SocketAddr,
     /// What it lends.
     pub shelf: Arc<dyn Shelf>,
+    /// Bytes per second that it lends to all others together; `None`: as many as the link takes.
+    pub lend_bytes_s: Option<u64>,
     /// How long other nodes are waited for.
     pub patience: Patience,
 }
@@ -167,8 +169,8 @@ impl Exchange {
         };
         let local = listener.endpoint.local_addr();
         let port = local.map_err(|source| EndpointError::Bind { address, source })?.port();
-        let shelf = Arc::clone(&config.shelf);
-        let lender = Arc::new(Lender::new(shelf, Arc::new(Nobody), membership.members(), None));
+        let (shelf, rate) = (Arc::clone(&config.shelf), config.lend_bytes_s);
+        let lender = Arc::new(Lender::new(shelf, Arc::new(Nobody), membership.members(), rate));
         let shared = Arc::new(Shared {
             config,
             pool: Pool::new(POOL_BYTES_MAX),

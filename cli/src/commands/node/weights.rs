@@ -1,4 +1,5 @@
-//! Where a node's experts come from: its own model, or the router and other nodes; and what is shown of it.
+//! Where a node's experts come from: its own model, or the router and other nodes; and what is shown of it. Either way
+//! it lends what it has to other nodes.
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
@@ -14,9 +15,13 @@ use expert_node::store::Store;
 use mesh_net::borrower::Patience;
 use mesh_net::exchange::{Exchange, ExchangeConfig};
 use mesh_net::membership::Membership;
+use mesh_net::shelf::{Blob, NotLent, Shelf};
 use mesh_net::station::Stop;
+use mesh_wire::id::Slice;
+use mesh_wire::weights::{Catalogue, Hash, Reason};
 use model::kernel::Kernels;
 use model::open::Model;
+use router::shelf::ModelShelf;
 use tokio::runtime::Runtime;
 
 use crate::model_options::{ModelOptions, Products, check_isa};
@@ -42,6 +47,9 @@ pub(super) struct Options {
     /// UDP address at which other nodes get experts from this one; a fixed port for machines with a firewall
     #[arg(long, default_value = "0.0.0.0:0")]
     lend_at: SocketAddr,
+    /// Most MB/s of weights that are sent to other nodes, to all together [default: as many as the link takes]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    weights_mb_s: Option<u64>,
 }
 
 /// Reads `--disk`.
@@ -54,7 +62,12 @@ fn parse_gib(text: &str) -> Result<f64, String> {
 #[derive(Clone, Debug)]
 pub(super) enum Weights {
     /// On this machine's disk.
-    Local(Arc<Model>),
+    Local {
+        /// All of it.
+        model: Arc<Model>,
+        /// By which others get experts of it.
+        _exchange: Arc<Exchange>,
+    },
     /// Fetched.
     Fetched {
         /// What is known of it.
@@ -72,47 +85,53 @@ pub(super) enum Weights {
 #[derive(Debug)]
 pub(super) enum Depot {
     /// Nothing: it is on this machine's disk.
-    Here,
+    Here(Weights),
     /// Somebody to get it from and a place to keep it.
     Fetching(Arc<Exchange>, Arc<Store>),
 }
 
 impl Depot {
-    /// Opens the store and dials the router, unless the node has a model.
+    /// Opens the node's model, or the store for what it fetches, and dials the router.
     pub(super) fn open(
         options: &super::Options,
         membership: &Arc<Membership>,
         routers: &[SocketAddr],
     ) -> anyhow::Result<Depot> {
-        if options.model.model.is_some() {
-            return Ok(Depot::Here);
+        let exchange = |shelf: Arc<dyn Shelf>| {
+            let (membership, listen) = (Arc::clone(membership), options.weights.lend_at);
+            let routers = routers.to_vec();
+            let lend_bytes_s = options.weights.weights_mb_s.map(|mb_s| mb_s.saturating_mul(1_000_000));
+            let patience = Patience::LAN;
+            let exchange = ExchangeConfig { membership, routers, listen, shelf, lend_bytes_s, patience };
+            Exchange::start(exchange).map(Arc::new)
+        };
+        // An empty variable is how containers and units say that there is none.
+        if options.model.model.as_ref().is_some_and(|model| !model.is_empty()) {
+            let model = options.model.open()?;
+            let exchange = exchange(Arc::new(Owned(ModelShelf::new(Arc::clone(&model)))))?;
+            tracing::info!("experts are lent at UDP port {}", exchange.port());
+            return Ok(Depot::Here(Weights::Local { model, _exchange: exchange }));
         }
         // Before the router is waited for.
         check_isa()?;
         let quota = options.weights.disk.map(|gib| (gib * f64::from(1 << 30)) as u64);
         let store = Arc::new(Store::open(&folder(options)?, quota)?);
-        let exchange = Exchange::start(ExchangeConfig {
-            membership: Arc::clone(membership),
-            routers: routers.to_vec(),
-            listen: options.weights.lend_at,
-            shelf: Arc::<Store>::clone(&store),
-            patience: Patience::LAN,
-        })?;
+        let exchange = exchange(Arc::<Store>::clone(&store))?;
         let (has, quota) = (output::bytes(store.bytes()), output::bytes(store.quota()));
         let (path, port) = (store.path().display(), exchange.port());
         tracing::info!("experts are kept in {path}: {has} of {quota}, lent at UDP port {port}");
-        Ok(Depot::Fetching(Arc::new(exchange), store))
+        Ok(Depot::Fetching(exchange, store))
     }
 
-    /// Opens the node's model, or waits until the router has said which one it is; `None` where the process is to end
-    /// meanwhile.
+    /// The node's model, or the router's once it has said which one it is; `None` where the process is to end meanwhile.
     pub(super) fn model(
         &self,
         options: &super::Options,
         runtime: &Runtime,
     ) -> anyhow::Result<Option<Weights>> {
-        let Depot::Fetching(exchange, store) = self else {
-            return Ok(Some(Weights::Local(options.model.open()?)));
+        let (exchange, store) = match self {
+            Depot::Here(weights) => return Ok(Some(weights.clone())),
+            Depot::Fetching(exchange, store) => (exchange, store),
         };
         let asked = runtime.block_on(async {
             tokio::select! {
@@ -129,6 +148,25 @@ impl Depot {
     }
 }
 
+/// What a node lends that has the model itself. It goes by the name of an expert; whoever asked compares the hash. The
+/// router names this node to nobody unless both have the same model.
+#[derive(Debug)]
+struct Owned(ModelShelf);
+
+impl Shelf for Owned {
+    fn catalogue(&self) -> Option<Catalogue> {
+        None
+    }
+
+    fn hashes(&self, _: &[Slice]) -> Result<Vec<Hash>, NotLent> {
+        Err(NotLent::new(Reason::Absent, "hashes are for the router to say"))
+    }
+
+    fn open(&self, slice: Slice, hash: Hash) -> Result<Box<dyn Blob>, NotLent> {
+        self.0.open(slice, hash)
+    }
+}
+
 /// Where fetched experts are kept.
 fn folder(options: &super::Options) -> anyhow::Result<PathBuf> {
     if let Some(store) = &options.weights.store {
@@ -141,7 +179,7 @@ impl Weights {
     /// What people call the model.
     pub(super) fn name(&self) -> &str {
         match self {
-            Weights::Local(model) => &model.name,
+            Weights::Local { model, .. } => &model.name,
             Weights::Fetched { remote, .. } => remote.name(),
         }
     }
@@ -149,7 +187,7 @@ impl Weights {
     /// Where experts are read from.
     pub(super) fn source(&self) -> Arc<dyn Source> {
         match self {
-            Weights::Local(model) => Arc::<Model>::clone(model),
+            Weights::Local { model, .. } => Arc::<Model>::clone(model),
             Weights::Fetched { remote, .. } => Arc::<Remote>::clone(remote),
         }
     }
@@ -157,7 +195,7 @@ impl Weights {
     /// The kernels for it.
     pub(super) fn load_kernels(&self, options: &ModelOptions) -> anyhow::Result<Arc<dyn Kernels>> {
         let (kernels, _) = match self {
-            Weights::Local(model) => options.load_kernels(model)?,
+            Weights::Local { model, .. } => options.load_kernels(model)?,
             Weights::Fetched { remote, .. } => {
                 let shape = remote.shape();
                 let (hidden, inter) = (shape.hidden, shape.inter);
@@ -173,7 +211,7 @@ impl Weights {
     /// Bytes of experts that can be kept on disk, where they have to be.
     pub(super) fn disk_bytes(&self) -> Option<u64> {
         match self {
-            Weights::Local(_) => None,
+            Weights::Local { .. } => None,
             Weights::Fetched { store, .. } => Some(store.quota()),
         }
     }

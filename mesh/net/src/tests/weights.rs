@@ -131,9 +131,8 @@ fn impatient(
     let membership = keys.membership(&keys.nodes[node]);
     // As a node has it that the router has shown its roster.
     membership.hear(&crate::membership::shown((1, 1), &keys.authority.roster())).unwrap();
-    let routers = vec![router];
-    Exchange::start(ExchangeConfig { membership, routers, listen: listen_anywhere(), shelf, patience })
-        .unwrap()
+    let (routers, listen, lend_bytes_s) = (vec![router], listen_anywhere(), None);
+    Exchange::start(ExchangeConfig { membership, routers, listen, shelf, lend_bytes_s, patience }).unwrap()
 }
 
 fn get(exchange: &Exchange, origin: Origin, fetch: Fetch) -> Result<Vec<u8>, BorrowError> {
@@ -222,6 +221,7 @@ fn weights_come_from_a_router_that_moved_once_it_is_found() {
         routers: vec![hub.local_addr()],
         listen: listen_anywhere(),
         shelf: Memory::node(),
+        lend_bytes_s: None,
         patience: PATIENT,
     })
     .unwrap();
