@@ -7,7 +7,7 @@
 //! slice is the router's word at that moment, where that of a whole expert is in the manifest, and a node whose slice
 //! changes fetches the new one whole unless it can be cut from what is in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -205,15 +205,15 @@ impl Source for Remote {
     fn prepare(&self, wanted: &[Slice], fresh: &[Slice], ending: &AtomicBool) -> Result<(), OpenError> {
         let hashes = self.hashes(wanted)?;
         let room = hashes.into_iter().zip(wanted.iter().map(|slice| self.bytes(slice)));
-        let fresh: BTreeMap<Slice, ()> = fresh.iter().map(|slice| (*slice, ())).collect();
+        let fresh: BTreeSet<Slice> = fresh.iter().copied().collect();
         // What is in memory needs no disk, but stays where it is on disk, for the next start.
         let held = wanted
             .iter()
             .zip(room)
-            .filter(|(slice, (hash, bytes))| fresh.contains_key(*slice) || self.store.holds(hash, *bytes));
+            .filter(|(slice, (hash, bytes))| fresh.contains(*slice) || self.store.holds(hash, *bytes));
         let room = held.map(|(_, blob)| blob).collect();
         self.store.make_room(&room).map_err(|error| OpenError(error.to_string()))?;
-        let fresh: Vec<Slice> = fresh.into_keys().collect();
+        let fresh: Vec<Slice> = fresh.into_iter().collect();
         self.fetch(self.missing(&fresh)?, ending)
     }
 

@@ -111,11 +111,6 @@ pub struct Store {
     contents: Mutex<Contents>,
 }
 
-/// What is wrong with a blob that has another length than it should.
-fn other_length(found: u64, bytes: u64) -> String {
-    format!("it is {found} bytes long instead of {bytes}")
-}
-
 /// The file's name.
 pub fn name_of(hash: &Hash) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
@@ -173,16 +168,11 @@ impl Store {
     /// Whether it has this blob, complete and of this length. One that lost a part of it since it got its name is named
     /// and given up.
     pub fn holds(&self, hash: &Hash, bytes: u64) -> bool {
-        let Some(kept) = self.contents().kept.get(hash).copied() else { return false };
-        if kept.bytes == bytes {
-            return true;
-        }
-        let why = other_length(kept.bytes, bytes);
-        if let Err(error) = self.give_up_damaged(&mut self.contents(), hash, &why) {
+        self.fits(&mut self.contents(), hash, bytes).unwrap_or_else(|error| {
             // Whoever writes the new one over it will say so again.
             tracing::error!(%error, "a damaged file stays");
-        }
-        false
+            false
+        })
     }
 
     /// Makes room for these blobs, each with its length, and notes that they are wanted now. What of them is there
@@ -233,16 +223,24 @@ impl Store {
         wanted: &BTreeMap<Hash, u64>,
     ) -> Result<(), StoreError> {
         for (hash, bytes) in wanted {
-            if let Some(kept) = contents.kept.get(hash).copied().filter(|kept| kept.bytes != *bytes) {
-                self.give_up_damaged(contents, hash, &other_length(kept.bytes, *bytes))?;
-            }
-            let whole = contents.kept.contains_key(hash);
+            let whole = self.fits(contents, hash, *bytes)?;
             if contents.parts.get(hash).is_some_and(|part| whole || part > bytes) {
                 remove(&self.part_file(hash))?;
                 contents.parts.remove(hash);
             }
         }
         Ok(())
+    }
+
+    /// `holds`, where a file that cannot be deleted is an error.
+    fn fits(&self, contents: &mut Contents, hash: &Hash, bytes: u64) -> Result<bool, StoreError> {
+        match contents.kept.get(hash) {
+            Some(Kept { bytes: found, .. }) if *found != bytes => {
+                let why = format!("it is {found} bytes long instead of {bytes}");
+                self.give_up_damaged(contents, hash, &why)
+            }
+            kept => Ok(kept.is_some()),
+        }
     }
 
     /// Deletes what is missed least; false where everything is wanted.
@@ -315,6 +313,7 @@ impl Store {
         }
     }
 
+    /// Names a blob that is not what it should be, and deletes it. Returns that it is not there.
     fn give_up_damaged(&self, contents: &mut Contents, hash: &Hash, why: &str) -> Result<bool, StoreError> {
         let path = self.file(hash);
         tracing::error!(path = %path.display(), "a stored expert is damaged ({why}); it is fetched again");
