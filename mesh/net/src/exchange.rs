@@ -28,7 +28,7 @@ use crate::borrower::{self, BorrowError, Patience};
 use crate::endpoint::{self, Close, EndpointError, Listener, is_revocation};
 use crate::lender::Lender;
 use crate::membership::Membership;
-use crate::seats::{Greeters, Greeting, Welcome};
+use crate::seats::{Greeters, Greeting};
 use crate::shelf::{Directory, Shelf};
 use crate::station::{DIAL_WITHIN, PAUSE_MAX, SERVED_MIN, explain, pause};
 use crate::throttle::Throttle;
@@ -327,13 +327,8 @@ async fn lend(listener: &Listener, lender: &Arc<Lender>) {
         tokio::select! {
             incoming = listener.endpoint.accept() => {
                 let Some(incoming) = incoming else { return };
-                match greeters.welcome(incoming.remote_address()) {
-                    Welcome::Refuse => incoming.refuse(),
-                    // Fails only where `may_retry` is false.
-                    Welcome::Prove(_) if incoming.may_retry() => drop(incoming.retry()),
-                    Welcome::Greet(greeting) | Welcome::Prove(greeting) => {
-                        guests.spawn(serve(listener.clone(), Arc::clone(lender), incoming, greeting));
-                    }
+                if let Some((incoming, greeting)) = greeters.let_in(incoming) {
+                    guests.spawn(serve(listener.clone(), Arc::clone(lender), incoming, greeting));
                 }
             }
             Some(_) = guests.join_next() => {}

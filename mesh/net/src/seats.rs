@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mesh_proto::routes::NodeIndex;
 use mesh_wire::id::NodeId;
+use quinn::Incoming;
 use tokio::sync::Semaphore;
 
 use crate::link::Link;
@@ -141,7 +142,7 @@ impl Seats {
     }
 }
 
-/// Peers that shake hands.
+/// Peers that shake hands at one port.
 #[derive(Debug, Default)]
 pub(crate) struct Greeters {
     counts: Mutex<HashMap<IpAddr, usize>>,
@@ -177,6 +178,18 @@ impl Drop for Greeting {
 impl Greeters {
     fn counts(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A peer that sent its first packet, if it may shake hands now; else it is told to prove its address and come again,
+    /// or turned away.
+    pub(crate) fn let_in(self: &Arc<Greeters>, incoming: Incoming) -> Option<(Incoming, Greeting)> {
+        match self.welcome(incoming.remote_address()) {
+            Welcome::Refuse => incoming.refuse(),
+            // Fails only where `may_retry` is false.
+            Welcome::Prove(_) if incoming.may_retry() => drop(incoming.retry()),
+            Welcome::Greet(greeting) | Welcome::Prove(greeting) => return Some((incoming, greeting)),
+        }
+        None
     }
 
     /// Decides about a peer that sent its first packet from here.

@@ -21,7 +21,7 @@ use crate::endpoint::{Close, Listener, peer_key, wants_to_join, wants_weights};
 use crate::join;
 use crate::lender::Lender;
 use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
-use crate::seats::{Greeters, Greeting, Seat, Welcome};
+use crate::seats::{Greeters, Greeting, Seat};
 use crate::tally::Feed;
 
 /// How often the cluster's logic is told that time passed.
@@ -72,22 +72,13 @@ impl Server {
 
     /// Starts a session with a new peer, or puts it off where too many come at once.
     fn greet(&mut self, incoming: Incoming, greeters: &Arc<Greeters>) {
-        match greeters.welcome(incoming.remote_address()) {
-            Welcome::Refuse => {
-                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-                incoming.refuse();
-            }
-            Welcome::Prove(_) if incoming.may_retry() => {
-                self.shared.deferred.fetch_add(1, Ordering::Relaxed);
-                // Fails only where `may_retry` is false.
-                drop(incoming.retry());
-            }
-            Welcome::Greet(greeting) | Welcome::Prove(greeting) => {
-                let (shared, listener) = (Arc::clone(&self.shared), self.listener.clone());
-                let visit = visit(shared, (listener, self.lender.clone()), incoming, greeting);
-                self.sessions.spawn(visit);
-            }
-        }
+        let Some((incoming, greeting)) = greeters.let_in(incoming) else {
+            self.shared.deferred.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        let (shared, listener) = (Arc::clone(&self.shared), self.listener.clone());
+        let visit = visit(shared, (listener, self.lender.clone()), incoming, greeting);
+        self.sessions.spawn(visit);
     }
 
     /// Tells every node, waits a moment for it to arrive, and closes the endpoint.
