@@ -185,12 +185,12 @@ fn many_are_asked_about_in_parts() {
     assert_eq!(*setup.router.asked.lock().unwrap(), [1024, 1024, 10]);
     assert_eq!(setup.remote.hashes(&slices[5..7]).unwrap(), hashes[5..7]);
     assert_eq!(setup.router.asked.lock().unwrap().len(), 3, "they are known");
-    // The router must not take minutes to answer: these have 160 MB each.
+    // The router must not take minutes to answer: these have 160 MB each, 13 of them two gigabytes.
     let large = Catalogue { hidden: 4096, inter: 12_288, ..catalogue() };
     let supply = Arc::<Router>::clone(&setup.router);
     let large = Remote::new(large, supply, Arc::clone(&setup.remote.store)).unwrap();
-    large.hashes(&slices[..13]).unwrap();
-    assert_eq!(setup.router.asked.lock().unwrap()[3..], [6, 6, 1]);
+    large.hashes(&slices[..14]).unwrap();
+    assert_eq!(setup.router.asked.lock().unwrap()[3..], [13, 1]);
 }
 
 #[test]
