@@ -189,7 +189,8 @@ fn what_is_fetched_is_shown_at_both_ends_and_comes_no_faster_than_it_may() {
     // The last chunk of each of four streams leaves at once.
     let most = SLOWLY_BYTES_S * took + 4.0 * largest(&cluster, 0) as f64;
     assert!(lent == total && (lent as f64) < most, "{lent} bytes in {took} s");
-    // Who reads a log finds lines.
+    // Who reads a log finds lines; the last one comes a moment after the node serves.
+    cluster.until("the log tells the end", |_| cluster.logs().contains("fetched "));
     let logs = cluster.logs();
     for line in ["fetching experts: ", " MB/s, ", "fetched ", " from the router, 0 B from other nodes"] {
         assert!(logs.contains(line), "no {line:?} in {logs}");

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use crate::borrower::{self, BorrowError, Patience};
-use crate::endpoint::{self, Close, EndpointError, Listener, is_revocation};
+use crate::endpoint::{self, Close, EndpointError, Listener, is_goodbye, is_revocation};
 use crate::lender::Lender;
 use crate::membership::Membership;
 use crate::seats::{Greeters, Greeting};
@@ -364,7 +364,9 @@ impl Shared {
                         std::future::pending::<()>().await;
                     }
                     Err(error) => {
-                        if self.silence.admits(std::time::Instant::now()) {
+                        // A node that has the model needs nothing from the router, and its station says how that is.
+                        let needed = self.router.receiver_count() > 0;
+                        if needed && self.silence.admits(std::time::Instant::now()) {
                             tracing::warn!(%address, "no weights from the router: {error}; this node goes on trying");
                         } else {
                             tracing::debug!(%address, %error, "no weights from the router");
@@ -404,6 +406,7 @@ impl Shared {
         drop(endpoint);
         match closed {
             closed if is_revocation(&closed) => Err(BorrowError::Revoked),
+            closed if is_goodbye(&closed) => Ok(()),
             // Two machines with one key would take turns.
             closed if since.elapsed() < SERVED_MIN => Err(BorrowError::Gone(explain(&closed))),
             _ => Ok(()),
