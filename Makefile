@@ -66,6 +66,8 @@ lint: setup
 	@$(CARGO) clippy --release -p moemesh --no-default-features -- -D warnings
 	@echo "==> documentation"
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps
+	@echo "==> deliberate mistakes (tests/breakage)"
+	@if command -v python3 >/dev/null; then tests/breakage --check; else echo "    skipped: there is no python3"; fi
 	@echo "==> licences, sources and advisories (deny.toml)"
 	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
 		echo "    skipped: cargo-deny is not installed (cargo install cargo-deny --locked)"; \
