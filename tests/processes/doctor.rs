@@ -52,6 +52,8 @@ fn a_node_learns_that_all_is_well_or_what_is_not() {
     assert_eq!(text.code, Some(0), "{text:#?}");
     assert!(text.stdout.contains("pass  trust") && !text.stdout.contains("FAIL"), "{}", text.stdout);
     assert_eq!(cluster.node(0)["connections"], 1);
+    let logs = cluster.logs();
+    assert!(!logs.contains("WARN"), "whoever only looks is no cause for warnings: {logs}");
 
     // The router's own view, while both are here and when one is gone.
     let router = cluster.state("router");

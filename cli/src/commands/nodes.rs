@@ -209,8 +209,9 @@ pub(crate) fn promise(report: &Value) -> Option<String> {
         unplaced => format!(", {unplaced} experts or slices on the router for want of memory"),
     };
     let (epoch, copies) = (number(plan, "epoch"), number(plan, "copies"));
+    let holders = if copies == 1 { "holder" } else { "holders" };
     Some(format!(
-        "plan {epoch}: {tok_s:.1} tokens/s predicted, at least {copies} holders of what is held{left}"
+        "plan {epoch}: {tok_s:.1} tokens/s predicted, at least {copies} {holders} of what is held{left}"
     ))
 }
 

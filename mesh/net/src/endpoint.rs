@@ -366,6 +366,11 @@ pub(crate) fn is_goodbye(error: &ConnectionError) -> bool {
     matches!(error, ConnectionError::ApplicationClosed(closed) if closed.error_code == Close::Goodbye.into())
 }
 
+/// Whether the peer has closed it in order: it wanted nothing more, as `look` does.
+pub(crate) fn has_left(connection: &Connection) -> bool {
+    connection.close_reason().is_some_and(|reason| is_goodbye(&reason))
+}
+
 /// Why a lane is reset by us, as the peer sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

@@ -22,7 +22,7 @@ use thiserror::Error;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::authority::Authority;
-use crate::endpoint::{self, Close, EndpointError, peer_key};
+use crate::endpoint::{self, Close, EndpointError, has_left, peer_key};
 use crate::identity::Identity;
 use crate::keys::{KeyError, SIGNATURE_BYTES, random, verify};
 use crate::membership::Admission;
@@ -165,7 +165,7 @@ pub(crate) async fn serve(
             let (name, key) = (&machine.name, machine.key.to_hex());
             tracing::info!(%address, name, key, "a machine joined the cluster");
         }
-        None if refusals.admits(std::time::Instant::now()) => {
+        None if !has_left(connection) && refusals.admits(std::time::Instant::now()) => {
             tracing::warn!(%address, reason, "a machine did not join the cluster");
         }
         None => tracing::debug!(%address, reason, "a machine did not join the cluster"),

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use mesh_wire::control::{Health, Hello, Loading, Placed, Placement};
 
-use self::nodes::{Link, Node, Order};
+use self::nodes::{Cover, Link, Node, Order};
 use self::plans::Errand;
 use self::stage::Stage;
 pub use crate::changes::{Change, HANDOVER_MAX, Patience, Why};
@@ -200,6 +200,8 @@ pub struct Cluster {
     popularity: Popularity,
     /// When frequencies were looked at last.
     considered: Duration,
+    /// When it was predicted last what the plan in use gives.
+    foreseen: Duration,
     /// Whether `current` is an earlier router's: nobody is planned for before those who come back had the time to.
     restored: bool,
     routes: Arc<Routes>,
@@ -233,6 +235,7 @@ impl Cluster {
             step_after: Duration::ZERO,
             popularity,
             considered: Duration::ZERO,
+            foreseen: Duration::ZERO,
             restored: false,
             routes,
         }
@@ -407,7 +410,8 @@ impl Cluster {
             return false;
         }
         let waits = !self.restored && self.newcomers().next().is_some();
-        let changing = waits || self.next.is_some() || self.errand.is_some();
+        let planned = self.errand.as_ref().is_some_and(|errand| errand.why.is_some());
+        let changing = waits || self.next.is_some() || planned;
         !changing && !self.loads_current()
     }
 
@@ -475,11 +479,19 @@ impl Cluster {
         (0..).zip(&self.nodes).filter_map(|(index, node)| Some((index, node.link.as_ref()?)))
     }
 
-    /// Notes since when nodes do not do what the plan in use wants of them.
+    /// Notes since when nodes do not do what the plan in use wants of them. One that is back may have room for what others
+    /// had none for.
     fn note_absences(&mut self, now: Duration) {
         let Some(current) = &self.current else { return };
+        let mut back = false;
         for (index, node) in (0..).zip(&mut self.nodes) {
+            let was_out = node.out_since.is_some();
             node.note_absence(now, current.plan.capacity(index).is_some());
+            back |= was_out && node.out_since.is_none();
+        }
+        if back {
+            let out = self.nodes.iter_mut().filter(|node| node.out_since.is_some());
+            out.for_each(|node| node.covered = Cover::Nothing);
         }
     }
 

@@ -15,6 +15,8 @@
 //! stays what it is. The price: the best of these outlines is not the best plan there could be. What fits nowhere
 //! stays on the router.
 
+use std::collections::BTreeSet;
+
 use mesh_wire::id::Slice;
 
 use crate::cost::{DRAWS, Decode, NodeUse, Scene};
@@ -142,6 +144,13 @@ impl Plan {
     /// Bytes of that.
     pub fn bytes(&self, node: NodeIndex, facts: &ModelFacts) -> u64 {
         self.table.held_by(node).map(|slice| facts.slice_bytes(slice.from, slice.to)).sum()
+    }
+
+    /// Bytes that `node` holds by this plan and another one together; what is in both counts once.
+    pub fn bytes_with(&self, other: &Plan, node: NodeIndex, facts: &ModelFacts) -> u64 {
+        let held: BTreeSet<Slice> = self.table.held_by(node).collect();
+        let more = other.table.held_by(node).filter(|slice| !held.contains(slice));
+        self.bytes(node, facts) + more.map(|slice| facts.slice_bytes(slice.from, slice.to)).sum::<u64>()
     }
 
     /// How much `node` holds, in all and at most in one layer.
@@ -355,7 +364,8 @@ impl Outline {
 /// How good an outline is.
 #[derive(Clone, Copy, Debug)]
 struct Score {
-    unplaced: usize,
+    /// Blocks of experts that nobody holds.
+    unplaced: u64,
     /// Nanoseconds per token, and what missing copies count.
     token_ns: u64,
     prefill_ns: u64,
@@ -547,10 +557,9 @@ impl<'a> Search<'a> {
             popularity: None,
         };
         let wanted = usize::from(self.wishes.copies.wanted());
-        let (mut unplaced, mut parts, mut missing) = (0, 0_u64, 0_u64);
+        let (mut parts, mut missing) = (0_u64, 0_u64);
         for (_, part) in table.all() {
             let holders = part.holders.as_slice().len();
-            unplaced += usize::from(holders == 0);
             parts += 1;
             missing += u64::from(holders < wanted);
         }
@@ -558,7 +567,7 @@ impl<'a> Search<'a> {
         let token_ns = scene.decode(&table, draws).token_ns;
         let without = scaled(token_ns, missing * worth, parts.max(1) * 100);
         let score = Score {
-            unplaced,
+            unplaced: table.open_blocks(&[]),
             token_ns: token_ns.saturating_add(without),
             prefill_ns: scene.prefill(&table, PREFILL_ROWS).step_ns,
         };

@@ -13,7 +13,7 @@ use crate::machine::Capacity;
 use crate::placement::{Plan, Wishes, plan};
 use crate::popularity::Popularity;
 use crate::routes::NodeIndex;
-use crate::standin::{Loss, open_parts, stand_in};
+use crate::standin::{Loss, StoodIn, stand_in};
 use crate::tune::{GAIN_MIN, MOVE_MAX, tuned};
 
 /// What is to be planned.
@@ -25,6 +25,8 @@ pub enum Work {
     StandIns(Loss),
     /// The same placement, better suited to what is wanted of it.
     Tune,
+    /// The same placement: what it gives with the nodes that serve it now.
+    Forecast,
 }
 
 /// See the module.
@@ -60,6 +62,8 @@ pub struct Proposal {
     pub ticket: u64,
     /// The plan; `None` where nothing can be made better.
     pub plan: Option<Plan>,
+    /// Nodes that what is predicted of it counts on.
+    pub present: Vec<NodeIndex>,
     /// Nanoseconds of a token predicted of what was.
     pub before_ns: Option<u64>,
     /// Bytes that nodes have to get.
@@ -83,24 +87,58 @@ impl Task {
             (Work::Anew(nodes), _) => self.anew(nodes),
             (Work::StandIns(loss), Some(before)) => self.stand_in(before, loss),
             (Work::Tune, Some(before)) => self.tune(before),
-            (Work::StandIns(_) | Work::Tune, None) => self.nothing(None),
+            (Work::Forecast, Some(before)) => self.forecast(before),
+            (Work::StandIns(_) | Work::Tune | Work::Forecast, None) => self.nothing(None),
         }
     }
 
     /// That nothing can be made better than the plan before, with what is predicted of it.
     fn nothing(&self, before_ns: Option<u64>) -> Proposal {
-        Proposal { ticket: self.ticket, plan: None, before_ns, moved_bytes: 0, more: false }
+        let (ticket, present) = (self.ticket, Vec::new());
+        Proposal { ticket, plan: None, present, before_ns, moved_bytes: 0, more: false }
     }
 
     fn anew(&self, nodes: &[Capacity]) -> Proposal {
         let mut plan = plan(&self.facts, nodes, &self.wishes, self.before.as_ref());
+        if let Some(kept) = self.before.as_ref().and_then(|before| self.kept(before, nodes, &plan)) {
+            return kept;
+        }
         if let Some(popularity) = &self.popularity {
             plan.table = tuned(&self.facts, &plan, popularity, MOVE_MAX);
             plan.predicted = self.predicted(&plan, &members(&plan));
         }
         let moved_bytes = self.moved_bytes(&plan);
         let before_ns = self.before.as_ref().map(|before| self.predicted_by(before, &plan));
-        Proposal { plan: Some(plan), moved_bytes, ..self.nothing(before_ns) }
+        Proposal { present: members(&plan), plan: Some(plan), moved_bytes, ..self.nothing(before_ns) }
+    }
+
+    /// The placement before with stand-ins for who is not among `nodes`, where the new one would leave more to the router:
+    /// cut experts are laid out anew only where all of them fit.
+    fn kept(&self, before: &Plan, nodes: &[Capacity], anew: &Plan) -> Option<Proposal> {
+        let open = anew.table.open_blocks(&[]);
+        if open == 0 || before.wishes != self.wishes {
+            return None;
+        }
+        let now = |node: NodeIndex| nodes.iter().find(|now| now.node == node);
+        let too_much = |now: &Capacity| before.bytes(now.node, &self.facts) > now.memory_bytes;
+        if nodes.iter().any(too_much) {
+            return None;
+        }
+        let out = members(before).into_iter().filter(|node| now(*node).is_none()).collect();
+        let loss = Loss { out, gone: Vec::new(), able: nodes.to_vec(), step_bytes: u64::MAX };
+        let StoodIn { table, moved_bytes, open: still, .. } =
+            stand_in(&self.facts, before, &loss, self.popularity.as_ref());
+        if still >= open {
+            return None;
+        }
+        let away = before.capacities.iter().filter(|then| now(then.node).is_none());
+        let mut capacities: Vec<Capacity> = away.chain(nodes).copied().collect();
+        capacities.sort_by_key(|capacity| capacity.node);
+        let mut plan = Plan { table, capacities, ..before.clone() };
+        let present: Vec<NodeIndex> = nodes.iter().map(|node| node.node).collect();
+        plan.predicted = self.predicted(&plan, &present);
+        let before_ns = Some(self.predicted_by(before, &plan));
+        Some(Proposal { plan: Some(plan), present, moved_bytes, ..self.nothing(before_ns) })
     }
 
     /// What a token takes by the plan before, with the figures that the new one was made with: what was measured of
@@ -116,10 +154,7 @@ impl Task {
         if stood_in.open > 0 && !stood_in.more {
             // Cut in another way, or with fewer copies of the rest, there may be room for all.
             let anew = self.anew(&loss.able);
-            let open = |plan: &Plan| open_parts(&plan.table, &loss.out);
-            let parts = |plan: &Plan| plan.table.all().count().max(1);
-            // Parts may be of other sizes: shares of all are compared.
-            let fewer = |plan: &Plan| open(plan) * parts(before) < stood_in.open * parts(plan);
+            let fewer = |plan: &Plan| plan.table.open_blocks(&loss.out) < stood_in.open;
             if anew.plan.as_ref().is_some_and(fewer) {
                 return anew;
             }
@@ -128,11 +163,12 @@ impl Task {
         if stood_in.moved_bytes == 0 {
             return Proposal { more: stood_in.more, ..nothing };
         }
-        let mut plan = Plan { table: stood_in.table, ..before.clone() };
+        let StoodIn { table, moved_bytes, more, .. } = stood_in;
+        let mut plan = Plan { table, ..before.clone() };
         let mut present = members(&plan);
         present.retain(|node| !loss.out.contains(node));
         plan.predicted = self.predicted(&plan, &present);
-        Proposal { plan: Some(plan), moved_bytes: stood_in.moved_bytes, more: stood_in.more, ..nothing }
+        Proposal { plan: Some(plan), present, moved_bytes, more, ..nothing }
     }
 
     fn tune(&self, before: &Plan) -> Proposal {
@@ -140,13 +176,21 @@ impl Task {
         let nothing = self.nothing(Some(now));
         let Some(popularity) = &self.popularity else { return nothing };
         let mut plan = Plan { table: tuned(&self.facts, before, popularity, MOVE_MAX), ..before.clone() };
-        plan.predicted = self.predicted(&plan, &members(&plan));
+        let present = members(&plan);
+        plan.predicted = self.predicted(&plan, &present);
         let better = u128::from(plan.predicted.token_ns) * 100 < u128::from(now) * u128::from(100 - GAIN_MIN);
         if !better {
             return nothing;
         }
         let moved_bytes = self.moved_bytes(&plan);
-        Proposal { plan: Some(plan), moved_bytes, ..nothing }
+        Proposal { plan: Some(plan), present, moved_bytes, ..nothing }
+    }
+
+    fn forecast(&self, before: &Plan) -> Proposal {
+        let mut present = members(before);
+        present.retain(|node| self.serving.contains(node));
+        let predicted = self.predicted(before, &present);
+        Proposal { plan: Some(Plan { predicted, ..before.clone() }), present, ..self.nothing(None) }
     }
 
     /// What a token takes if only these nodes are there; `nodes` as in the plan's capacities.

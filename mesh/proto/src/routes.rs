@@ -144,6 +144,13 @@ impl Table {
         found.unwrap_or_default()
     }
 
+    /// Blocks of experts that nobody but nodes that are `out` holds. Tables whose parts are of other sizes can be compared
+    /// by it.
+    pub fn open_blocks(&self, out: &[NodeIndex]) -> u64 {
+        let open = |part: &Part| part.holders.as_slice().iter().all(|node| out.contains(node));
+        self.all().filter(|(_, part)| open(part)).map(|(_, part)| u64::from(part.to - part.from)).sum()
+    }
+
     /// Every part of every expert.
     pub fn all(&self) -> impl Iterator<Item = (ExpertKey, &Part)> {
         (0..self.layers()).flat_map(move |layer| {

@@ -38,14 +38,8 @@ pub struct StoodIn {
     pub moved_bytes: u64,
     /// Whether there would be room for more, but for the bound of a step.
     pub more: bool,
-    /// Parts that still only nodes hold which are out, or nobody.
-    pub open: usize,
-}
-
-/// Parts of a table that nobody but nodes that are `out` holds.
-pub fn open_parts(table: &Table, out: &[NodeIndex]) -> usize {
-    let open = |part: &Part| part.holders.as_slice().iter().all(|node| out.contains(node));
-    table.all().filter(|(_, part)| open(part)).count()
+    /// Blocks of experts that still only nodes hold which are out, or nobody.
+    pub open: u64,
 }
 
 /// A place of the table that lacks a holder.
@@ -102,7 +96,7 @@ pub fn stand_in(facts: &ModelFacts, plan: &Plan, loss: &Loss, popularity: Option
     for (layer, experts) in facts.moe_layers.iter().zip(&work.experts) {
         table.set_layer(*layer, experts.iter());
     }
-    let open = open_parts(&table, &loss.out);
+    let open = table.open_blocks(&loss.out);
     StoodIn { table, moved_bytes: work.moved_bytes, more: work.more, open }
 }
 

@@ -277,9 +277,13 @@ impl World {
         if self.router.plan_when_all_are_here || !cluster.settled() || cluster.next_epoch().is_some() {
             return false;
         }
-        // Both ends know of the same connection: who was replaced a moment ago is not missed yet.
+        // Both ends know of the same connection: who was replaced, is leaving or died a moment ago is not missed yet.
         let connected = |(machine, node): (&Machine, NodeIndex)| {
-            machine.dead || machine.connection.is_some() && machine.connection == self.router.connection(node)
+            let same = machine.connection == self.router.connection(node);
+            match machine.dead {
+                true => self.router.connection(node).is_none(),
+                false => !machine.leaving && machine.connection.is_some() && same,
+            }
         };
         if !self.machines.iter().zip(0..).all(connected) {
             return false;
@@ -297,7 +301,10 @@ impl World {
         if !(0..self.machines.len() as NodeIndex).all(|node| is_dead(node) || planned(node)) {
             return false;
         }
-        let out = |state| matches!(state, NodeState::Suspect | NodeState::Loading | NodeState::Absent);
+        let out = |state| {
+            use NodeState::{Absent, Leaving, Loading, Suspect};
+            matches!(state, Suspect | Loading | Absent | Leaving)
+        };
         let whole = routes.table.all().all(|(_, part)| (part.from, part.to) == (0, self.facts.blocks));
         let fits = if whole { held >= all.min(room) } else { held == all || room < self.experts() };
         fits && !(0..).zip(&states).any(|(node, status)| !is_dead(node) && out(status.state))

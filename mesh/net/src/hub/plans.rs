@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use mesh_proto::changes::Change;
 use mesh_proto::cluster::Event;
-use mesh_proto::planner::Task;
+use mesh_proto::planner::{Task, Work};
 use mesh_proto::popularity::Counts;
 
 use super::{Command, Hub, Shared};
@@ -36,11 +36,13 @@ impl Shared {
         let work = move || {
             let started = Instant::now();
             let proposal = Box::new(task.work());
-            let (ms, found) = (started.elapsed().as_millis(), proposal.plan.is_some());
-            if found {
-                tracing::info!(ms, bytes = proposal.moved_bytes, "a new placement was worked out");
-            } else {
-                tracing::debug!(ms, "no better placement was found");
+            let ms = started.elapsed().as_millis();
+            match (&task.work, &proposal.plan) {
+                (Work::Forecast, _) => tracing::debug!(ms, "what is to be expected was worked out"),
+                (_, Some(_)) => {
+                    tracing::info!(ms, bytes = proposal.moved_bytes, "a new placement was worked out");
+                }
+                (_, None) => tracing::debug!(ms, "no better placement was found"),
             }
             // Closed only where the hub has ended, and nobody waits for plans.
             drop(commands.blocking_send(Command::Feed(Event::Planned(proposal))));

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::{Command, Shared};
-use crate::endpoint::{Close, Listener, peer_key, wants_to_join, wants_weights};
+use crate::endpoint::{Close, Listener, has_left, peer_key, wants_to_join, wants_weights};
 use crate::join;
 use crate::lender::Lender;
 use crate::link::{GOODBYE_WITHIN, Link, Outgoing, Session, introduce};
@@ -155,7 +155,7 @@ async fn session(shared: Arc<Shared>, connection: Connection, greeting: Greeting
     let introduction = match introduce(&connection, &shared.pool).await {
         Ok(introduction) => introduction,
         Err(reason) => {
-            if shared.strangers[2].admits(Instant::now()) {
+            if !has_left(&connection) && shared.strangers[2].admits(Instant::now()) {
                 tracing::warn!(node = seat.machine.name, %address, reason, "a node did not introduce itself");
             }
             connection.close(Close::Protocol.into(), reason.as_bytes());

@@ -1,7 +1,8 @@
 //! When a plan is made, for whom, and when it comes into use.
 //!
 //! In the order of urgency: what a leaving node holds is handed over; what the operator asked for, or a node will not
-//! do any more; newcomers; nodes that are away; what is wanted more often than before. One at a time: what is due is
+//! do any more; newcomers; nodes that are away; what is wanted more often than before; and, where nothing is to change,
+//! what the plan in use gives now that others serve than it was made for. One at a time: what is due is
 //! worked out of the state at every event, so nothing is forgotten by an event that comes at a bad moment. A plan that
 //! comes back is taken if those it was made for are still there as they were; else it is due again.
 //!
@@ -46,7 +47,8 @@ const BATCHES_MIN: u64 = 8;
 pub(super) struct Errand {
     ticket: u64,
     since: Duration,
-    why: Why,
+    /// `None`: nothing is to change, and what is predicted is worked out anew.
+    pub(super) why: Option<Why>,
     /// Because of whom.
     nodes: Vec<NodeIndex>,
     /// Epoch of the plan it changes, 0 for none.
@@ -70,8 +72,10 @@ impl Cluster {
         let Some((mut errand, work)) = self.due(now) else { return };
         self.ticket += 1;
         (errand.ticket, errand.since) = (self.ticket, now);
-        if matches!(work, Work::Tune) {
-            self.considered = now;
+        match work {
+            Work::Tune => self.considered = now,
+            Work::Forecast => self.foreseen = now,
+            Work::Anew(_) | Work::StandIns(_) => {}
         }
         let before = self.current.as_ref().map(|stage| stage.plan.clone());
         let serving =
@@ -104,10 +108,11 @@ impl Cluster {
         if self.restored && !self.has_waited(now) {
             return None;
         }
-        self.loss(now).or_else(|| self.tune(now))
+        self.loss(now).or_else(|| self.tune(now)).or_else(|| self.forecast(now))
     }
 
-    fn errand(&self, why: Why, nodes: Vec<NodeIndex>, needs: &[Capacity]) -> Errand {
+    fn errand(&self, why: impl Into<Option<Why>>, nodes: Vec<NodeIndex>, needs: &[Capacity]) -> Errand {
+        let why = why.into();
         let joined = |node: NodeIndex| Some((node, self.nodes.get(usize::from(node))?.link.as_ref()?.joined));
         let needs = needs.iter().filter_map(|capacity| joined(capacity.node)).collect();
         let base = self.current.as_ref().map_or(0, |stage| stage.epoch);
@@ -254,7 +259,9 @@ impl Cluster {
         }
         let patience = &self.policy.patience;
         let urgent: Vec<NodeIndex> = self.away(now, patience.unserved, Cover::Served).collect();
-        let lost: Vec<NodeIndex> = self.away(now, patience.lost, Cover::Whole).collect();
+        // Copies are never made before what nobody holds is taken over.
+        let after = patience.lost.max(patience.unserved);
+        let lost: Vec<NodeIndex> = self.away(now, after, Cover::Whole).collect();
         let (nodes, gone, cover) = match (urgent.is_empty(), lost.is_empty()) {
             (false, _) => (urgent, Vec::new(), Cover::Served),
             (true, false) => (lost.clone(), lost, Cover::Whole),
@@ -289,6 +296,19 @@ impl Cluster {
         Some((self.errand(Why::Frequencies, Vec::new(), capacities), Work::Tune))
     }
 
+    /// What the plan in use gives with other nodes than it was made for.
+    fn forecast(&self, now: Duration) -> Option<(Errand, Work)> {
+        let current = self.current.as_ref()?;
+        let serves = |node: &NodeIndex| self.nodes.get(usize::from(*node)).is_some_and(Node::serves);
+        let serving = current.plan.capacities.iter().map(|capacity| capacity.node).filter(serves);
+        let rested = now.saturating_sub(self.foreseen) >= self.policy.patience.at_latest;
+        let due = rested && !self.loads_current() && self.is_calm(now, Duration::ZERO);
+        if !due || serving.eq(current.present.iter().copied()) {
+            return None;
+        }
+        Some((self.errand(None, Vec::new(), &[]), Work::Forecast))
+    }
+
     /// A plan came back.
     pub(super) fn planned(&mut self, now: Duration, proposal: Proposal, actions: &mut Vec<Action>) {
         let Some(errand) = self.errand.take_if(|errand| errand.ticket == proposal.ticket) else { return };
@@ -305,7 +325,7 @@ impl Cluster {
             if !proposal.more && entry.out_since.is_some() {
                 entry.covered = entry.covered.max(errand.cover);
             }
-            if let Some(link) = entry.link.as_mut().filter(|_| errand.why == Why::Leaving) {
+            if let Some(link) = entry.link.as_mut().filter(|_| errand.why == Some(Why::Leaving)) {
                 link.handing_over = true;
             }
         }
@@ -313,24 +333,36 @@ impl Cluster {
             self.step_after = now.saturating_add(STEP_EVERY);
         }
         let Some(plan) = proposal.plan else {
-            if errand.why == Why::Leaving {
+            if errand.why == Some(Why::Leaving) {
                 errand.nodes.iter().for_each(|node| self.release(*node, actions));
+            }
+            return;
+        };
+        let Some(why) = errand.why else {
+            if let Some(current) = self.current.as_mut() {
+                (current.plan.predicted, current.present) = (plan.predicted, proposal.present);
             }
             return;
         };
         let change = Change {
             epoch: 0,
-            why: errand.why,
+            why,
             nodes: errand.nodes,
             before_ns: proposal.before_ns,
             after_ns: plan.predicted.token_ns,
             moved_bytes: proposal.moved_bytes,
         };
-        self.load(now, plan, change, actions);
+        self.load(now, (plan, proposal.present), change, actions);
     }
 
-    /// Has a new plan loaded.
-    fn load(&mut self, now: Duration, plan: Plan, change: Change, actions: &mut Vec<Action>) {
+    /// Has a new plan loaded. With it come the nodes that what is predicted of it counts on.
+    fn load(
+        &mut self,
+        now: Duration,
+        (plan, present): (Plan, Vec<NodeIndex>),
+        change: Change,
+        actions: &mut Vec<Action>,
+    ) {
         let anew = !matches!(change.why, Why::Lost | Why::Leaving | Why::Frequencies);
         self.restored = false;
         if anew {
@@ -349,6 +381,7 @@ impl Cluster {
             since: now,
             lingers: false,
             plan,
+            present,
             change: Change { epoch: self.epoch, ..change },
         };
         let first = self.current.is_none();
@@ -388,7 +421,7 @@ impl Cluster {
         let open = self.open(next, |_, link| link.next);
         // Those that hand over by this plan are on their way out in any case.
         let leaves = |node: NodeIndex| next.change.why == Why::Leaving && next.change.nodes.contains(&node);
-        let open_now = self.current.as_ref().map_or(usize::MAX, |current| {
+        let open_now = self.current.as_ref().map_or(u64::MAX, |current| {
             self.open(current, |node, link| if leaves(node) { Order::NotSent } else { link.current })
         });
         let comes = |link: &Link| link.loads_next() && link.is_too_slow(now, next.since).is_none();
@@ -407,25 +440,26 @@ impl Cluster {
     fn is_pressed(&self, now: Duration, next: &Stage) -> bool {
         let Some((errand, _)) = self.due(now) else { return false };
         match errand.why {
-            Why::Asked | Why::Replaced | Why::Leaving => true,
-            Why::Lost => {
+            Some(Why::Asked | Why::Replaced | Why::Leaving) => true,
+            Some(Why::Lost) => {
                 let known = |node| next.change.nodes.contains(node);
                 errand.cover == Cover::Served && !errand.nodes.iter().all(known)
             }
-            Why::First | Why::Joined | Why::Frequencies | Why::Restored => false,
+            Some(Why::First | Why::Joined | Why::Frequencies | Why::Restored) | None => false,
         }
     }
 
-    /// Parts that nobody who is here holds.
-    fn open(&self, stage: &Stage, order: impl Fn(NodeIndex, &Link) -> Order) -> usize {
+    /// Blocks of experts that nobody who is here and answers holds.
+    fn open(&self, stage: &Stage, order: impl Fn(NodeIndex, &Link) -> Order) -> u64 {
         let holds = |index: NodeIndex, node: &Node| {
-            let held = |link: &Link| order(index, link) == Order::Held && !link.released;
+            let held =
+                |link: &Link| order(index, link) == Order::Held && !link.released && !link.trust.is_suspect();
             node.link.as_ref().is_some_and(held) && !node.is_quarantined() && !node.barred
         };
         let nodes = (0..).zip(&self.nodes);
         let out: Vec<NodeIndex> =
             nodes.filter(|(index, node)| !holds(*index, node)).map(|(index, _)| index).collect();
-        crate::standin::open_parts(&stage.plan.table, &out)
+        stage.plan.table.open_blocks(&out)
     }
 
     fn switch(&mut self, now: Duration, actions: &mut Vec<Action>) {
@@ -464,9 +498,14 @@ impl Cluster {
             }
             link.wants_in = !suits;
             link.handing_over = false;
+            let both = current.plan.bytes_with(&given_up.plan, index, &self.facts);
             match link.current {
-                // Behind what is given up, which may be loaded yet and would push out what is in use.
-                Order::Held | Order::Sent if asked != Order::NotSent && link.leaving.is_none() => {}
+                // Behind what is given up, which may be loaded yet and would push out what is in use, or has.
+                Order::Held | Order::Sent if asked != Order::NotSent && link.leaving.is_none() => {
+                    if both > link.hello.memory_bytes {
+                        link.current = Order::Sent;
+                    }
+                }
                 Order::NotSent if suits && link.leaving.is_none() => link.current = Order::Sent,
                 _ => continue,
             }

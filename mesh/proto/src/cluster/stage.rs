@@ -20,6 +20,8 @@ pub(super) struct Stage {
     /// It is being loaded for longer than anybody waits (`SWITCH_WAIT_MAX`), by a node that shows progress.
     pub(super) lingers: bool,
     pub(super) plan: Plan,
+    /// Nodes that what is predicted of the plan counts on.
+    pub(super) present: Vec<NodeIndex>,
     pub(super) change: Change,
 }
 
@@ -35,7 +37,8 @@ impl Stage {
             after_ns,
             moved_bytes: 0,
         };
-        Stage { epoch, since: Duration::ZERO, lingers: false, plan, change }
+        let present = plan.capacities.iter().map(|capacity| capacity.node).collect();
+        Stage { epoch, since: Duration::ZERO, lingers: false, plan, present, change }
     }
 }
 

@@ -96,11 +96,38 @@ fn copies_of_others_give_way_to_what_nobody_holds() {
     let all: Vec<Capacity> = nodes(3).into_iter().map(of).collect();
     let before = plan(&facts, &all, &wishes, None);
     let loss = Loss { out: vec![1], gone: Vec::new(), able: vec![all[0], all[2]], step_bytes: u64::MAX };
-    let open = open_parts(&before.table, &[1]);
+    let open = before.table.open_blocks(&[1]);
     assert!(open > 0);
     let task = Task { wishes, ..task(Some(before), &[0, 2], Work::StandIns(loss)) };
     let plan = task.work().plan.unwrap();
-    assert!(open_parts(&plan.table, &[1]) <= 192 - 172, "as many as fit");
+    assert!(plan.table.open_blocks(&[1]) <= 6 * (192 - 172), "as many as fit");
+}
+
+#[test]
+fn what_is_cut_stays_where_it_lies_if_a_new_plan_would_hold_less() {
+    let facts = ModelFacts { block_bytes: 30_000_000, expert_bytes: 60_000_000, blocks: 2, ..facts(3, 1) };
+    let wishes = Wishes { slices: true, ..Wishes::default() };
+    let blocks = |node: Capacity, count: u64| Capacity { memory_bytes: count * facts.block_bytes, ..node };
+    let all: Vec<Capacity> =
+        nodes(4).into_iter().zip([3, 3, 1, 1]).map(|(node, of)| blocks(node, of)).collect();
+    let before = plan(&facts, &all, &wishes, None);
+    assert_eq!((before.cuts, before.unplaced()), (2, 0));
+    let lost = open_of(&before, &[0]);
+    let able = vec![all[1], all[2], all[3]];
+    let base =
+        Task { facts: facts.clone(), wishes, ..task(Some(before), &[1, 2, 3], Work::Anew(able.clone())) };
+    let anew = base.work();
+    let plan = anew.plan.unwrap();
+    assert_eq!((open_of(&plan, &[0]), plan.cuts), (1, 2), "there is room for five of the six blocks");
+    assert_eq!(anew.moved_bytes, (lost - 1) * facts.block_bytes, "nothing else moves");
+    // A machine that comes takes what is open, and nothing else moves.
+    let more = [able, vec![blocks(nodes(5)[4], 3)]].concat();
+    let joined = Task { work: Work::Anew(more), ..base }.work();
+    assert_eq!((open_of(&joined.plan.unwrap(), &[0]), joined.present), (0, vec![1, 2, 3, 4]));
+}
+
+fn open_of(plan: &Plan, out: &[NodeIndex]) -> u64 {
+    plan.table.open_blocks(out)
 }
 
 #[test]
@@ -117,5 +144,5 @@ fn planning_for_the_largest_clusters_takes_moments() {
     let able = nodes(15).into_iter().skip(1).collect();
     let loss = Loss { out: vec![0], gone: Vec::new(), able, step_bytes: u64::MAX };
     let lost = Task { before: Some(first), work: Work::StandIns(loss), ..base }.work();
-    assert!(joined.plan.is_some() && lost.plan.is_some_and(|plan| open_parts(&plan.table, &[0]) == 0));
+    assert!(joined.plan.is_some() && lost.plan.is_some_and(|plan| plan.table.open_blocks(&[0]) == 0));
 }

@@ -132,6 +132,74 @@ fn what_a_lost_node_alone_held_others_take_over_and_it_finds_its_place_again() {
 }
 
 #[test]
+fn a_node_that_is_back_takes_what_nobody_had_room_for() {
+    let mut stage = Stage::serving(3, 8);
+    stage.lose(1);
+    stage.lose(2);
+    stage.run(20 * SECOND);
+    assert_eq!(stage.unserved(), 16, "the one that is left is full");
+    stage.join(2, 16);
+    stage.run(20 * SECOND);
+    assert_eq!((stage.unserved(), routed(&stage.cluster, 2)), (0, 16));
+    // What is lost is not taken over twice, however often others come and go.
+    let epoch = stage.cluster.epoch();
+    for _ in 0..3 {
+        stage.lose(0);
+        stage.run(TENTH);
+        stage.join(0, 8);
+        stage.run(20 * SECOND);
+    }
+    assert_eq!((stage.cluster.epoch(), stage.unserved()), (epoch, 0));
+}
+
+#[test]
+fn copies_are_not_made_before_what_nobody_holds_is_taken_over() {
+    let patience = Patience { unserved: 5 * SECOND, lost: SECOND, ..Patience::default() };
+    let mut stage = Stage::new(3, Policy { patience, ..Policy::default() });
+    (0..3).for_each(|node| stage.join(node, 100));
+    stage.run(SECOND);
+    stage.lose(1);
+    stage.run(20 * SECOND);
+    assert_eq!((stage.cluster.epoch(), stage.unserved(), stage.why()), (2, 0, Why::Lost));
+}
+
+#[test]
+fn what_is_predicted_follows_who_serves_and_changes_nothing() {
+    let mut stage = Stage::serving(3, 100);
+    let shares = |stage: &Stage| -> Vec<bool> {
+        stage.cluster.outlook().unwrap().shares.iter().map(|share| share.share > 0.0).collect()
+    };
+    let ns = |stage: &Stage| stage.cluster.outlook().unwrap().token_ns;
+    assert_eq!(shares(&stage), [true; 3]);
+    stage.lose(1);
+    stage.run(10 * SECOND);
+    assert_eq!((stage.cluster.epoch(), shares(&stage)), (2, vec![true, false, true]));
+    let without = ns(&stage);
+    stage.join(1, 100);
+    stage.run(20 * SECOND);
+    assert_eq!((stage.cluster.epoch(), stage.why(), shares(&stage)), (2, Why::Lost, vec![true; 3]));
+    assert!(ns(&stage) != without && stage.cluster.settled());
+    // Nothing need be loaded when it is lost again, but less is to be expected.
+    stage.lose(1);
+    stage.run(20 * SECOND);
+    assert_eq!((stage.cluster.epoch(), shares(&stage)), (2, vec![true, false, true]));
+    assert_eq!(ns(&stage), without);
+    // One that comes and goes is not followed.
+    let mut seen = Vec::new();
+    for turn in 0..40 {
+        if turn % 2 == 0 {
+            stage.join(1, 100)
+        } else {
+            stage.lose(1)
+        }
+        stage.run(SECOND);
+        seen.push(shares(&stage));
+    }
+    seen.dedup();
+    assert!(seen.len() <= 3, "{seen:?}");
+}
+
+#[test]
 fn without_room_the_router_computes_and_a_machine_that_is_plugged_in_makes_it_good() {
     let mut stage = Stage::serving(3, 8);
     let speed = stage.cluster.last_change().unwrap().after_ns;
