@@ -266,12 +266,12 @@ pub fn dialer(identity: &Identity, router: NodeId, ipv6: bool) -> Result<Endpoin
     dialer_with(identity, tls::client(identity, router)?, ipv6)
 }
 
-/// The endpoint of a node that borrows weights of the machine with this key.
+/// How a connection is set up on which weights are borrowed of the machine with this key.
 ///
 /// # Errors
-/// As `dialer`.
-pub(crate) fn borrower(identity: &Identity, lender: NodeId, ipv6: bool) -> Result<Endpoint, EndpointError> {
-    dialer_with(identity, tls::borrower(identity, lender)?, ipv6)
+/// None that would not be a defect.
+pub(crate) fn borrowing(identity: &Identity, lender: NodeId) -> Result<ClientConfig, EndpointError> {
+    client(tls::borrower(identity, lender)?)
 }
 
 /// The endpoint of a machine that joins.
@@ -288,15 +288,28 @@ pub(crate) fn dialer_with(
     tls: rustls::ClientConfig,
     ipv6: bool,
 ) -> Result<Endpoint, EndpointError> {
+    let mut endpoint = outward(identity, ipv6)?;
+    endpoint.set_default_client_config(client(tls)?);
+    Ok(endpoint)
+}
+
+/// An endpoint that takes no connections, and dials with whatever each is set up with. It keeps megabytes to receive into:
+/// who dials often keeps it.
+///
+/// # Errors
+/// As `dialer`.
+pub(crate) fn outward(identity: &Identity, ipv6: bool) -> Result<Endpoint, EndpointError> {
     let address = any_port(ipv6);
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Endpoint::new(endpoint_config(identity)?, None, socket(address)?, runtime)
+        .map_err(|source| EndpointError::Bind { address, source })
+}
+
+fn client(tls: rustls::ClientConfig) -> Result<ClientConfig, EndpointError> {
     let quic = QuicClientConfig::try_from(tls).map_err(TlsError::from)?;
     let mut client = ClientConfig::new(Arc::new(quic));
     client.transport_config(Arc::new(transport(LANE_STREAMS_MAX)?));
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let mut endpoint = Endpoint::new(endpoint_config(identity)?, None, socket(address)?, runtime)
-        .map_err(|source| EndpointError::Bind { address, source })?;
-    endpoint.set_default_client_config(client);
-    Ok(endpoint)
+    Ok(client)
 }
 
 /// Every address of this machine, and a port that the system chooses.

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use mesh_wire::buffer::Pool;
 use mesh_wire::frame::Op;
 use mesh_wire::id::{NodeId, Slice};
 use mesh_wire::weights::{Catalogue, Fetch, Hash, Holder, Holders, Weights};
-use quinn::{Connection, Endpoint, Incoming};
+use quinn::{ConnectError, Connection, Endpoint, Incoming};
 use thiserror::Error;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Mutex, watch};
@@ -106,19 +106,16 @@ struct Router {
     revoked: bool,
 }
 
-/// A connection to another node, with the socket it runs over.
-struct Peer {
-    connection: Connection,
-    _endpoint: Endpoint,
-}
-
 struct Shared {
     config: ExchangeConfig,
     pool: Pool,
     /// Where others reach what this node lends.
     port: u16,
     router: watch::Sender<Router>,
-    peers: Mutex<BTreeMap<NodeId, Peer>>,
+    /// Connections to other nodes.
+    peers: Mutex<BTreeMap<NodeId, Connection>>,
+    /// Sockets that connections are dialed over, of IPv4 and IPv6, as soon as one is needed.
+    sockets: std::sync::Mutex<[Option<Endpoint>; 2]>,
     silence: Throttle,
 }
 
@@ -177,6 +174,7 @@ impl Exchange {
             port,
             router: watch::Sender::default(),
             peers: Mutex::default(),
+            sockets: std::sync::Mutex::default(),
             silence: Throttle::default(),
         });
         let (stop, stopped) = watch::channel(false);
@@ -267,7 +265,7 @@ impl Exchange {
     pub fn rest(&self) {
         let peers = self.runtime.block_on(async { std::mem::take(&mut *self.shared.peers.lock().await) });
         for peer in peers.into_values() {
-            peer.connection.close(Close::Goodbye.into(), b"that was all");
+            peer.close(Close::Goodbye.into(), b"that was all");
         }
     }
 }
@@ -315,7 +313,10 @@ fn keep(
             () = lend(listener, lender) => {}
             _ = stopped.wait_for(|stopped| *stopped) => {}
         }
-        listener.endpoint.close(Close::Goodbye.into(), b"the node is stopping");
+        let sockets = std::mem::take(&mut *shared.sockets());
+        for endpoint in sockets.iter().flatten().chain([&listener.endpoint]) {
+            endpoint.close(Close::Goodbye.into(), b"the node is stopping");
+        }
     });
 }
 
@@ -382,7 +383,7 @@ impl Shared {
     /// One connection to the router, to its end. An error is one that kept it from being of use.
     async fn link(&self, address: SocketAddr) -> Result<(), BorrowError> {
         let router = self.config.membership.admission().router;
-        let (endpoint, connection) = self.dial((router, address), DIAL_WITHIN).await?;
+        let connection = self.dial((router, address), DIAL_WITHIN).await?;
         let question = Weights::AskCatalogue { port: self.port };
         let asked = borrower::ask(&connection, &self.pool, (&question, Op::Catalogue), DIAL_WITHIN).await;
         let catalogue = match asked {
@@ -403,7 +404,6 @@ impl Shared {
         let since = Instant::now();
         let closed = connection.closed().await;
         self.router.send_modify(|router| router.connection = None);
-        drop(endpoint);
         match closed {
             closed if is_revocation(&closed) => Err(BorrowError::Revoked),
             closed if is_goodbye(&closed) => Ok(()),
@@ -413,21 +413,38 @@ impl Shared {
         }
     }
 
-    /// A connection for weights, and the socket it runs over.
+    /// A connection for weights.
     async fn dial(
         &self,
         (id, address): (NodeId, SocketAddr),
         within: Duration,
-    ) -> Result<(Endpoint, Connection), BorrowError> {
+    ) -> Result<Connection, BorrowError> {
         let gone = |error: String| BorrowError::Gone(format!("{address}: {error}"));
-        let identity = self.config.membership.identity();
-        let endpoint = endpoint::borrower(identity, id, address.is_ipv6());
-        let endpoint = endpoint.map_err(|error| gone(error.to_string()))?;
-        let connecting = endpoint.connect(address, SERVER_NAME).map_err(|error| gone(error.to_string()))?;
-        match timeout(within, connecting).await {
-            Ok(Ok(connection)) => Ok((endpoint, connection)),
+        let setup = endpoint::borrowing(self.config.membership.identity(), id);
+        let setup = setup.map_err(|error| gone(error.to_string()))?;
+        let endpoint = self.socket(address.is_ipv6()).map_err(|error| gone(error.to_string()))?;
+        let connecting = endpoint.connect_with(setup, address, SERVER_NAME).inspect_err(|error| {
+            // Its socket broke; the next one has another.
+            if matches!(error, ConnectError::EndpointStopping) {
+                self.sockets()[usize::from(address.is_ipv6())] = None;
+            }
+        });
+        match timeout(within, connecting.map_err(|error| gone(error.to_string()))?).await {
+            Ok(Ok(connection)) => Ok(connection),
             Ok(Err(error)) => Err(gone(explain(&error))),
             Err(_) => Err(gone(format!("no answer within {} s", within.as_secs()))),
+        }
+    }
+
+    fn sockets(&self) -> std::sync::MutexGuard<'_, [Option<Endpoint>; 2]> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn socket(&self, ipv6: bool) -> Result<Endpoint, EndpointError> {
+        let place = &mut self.sockets()[usize::from(ipv6)];
+        match place {
+            Some(endpoint) => Ok(endpoint.clone()),
+            None => Ok(place.insert(endpoint::outward(self.config.membership.identity(), ipv6)?).clone()),
         }
     }
 
@@ -451,16 +468,16 @@ impl Shared {
     async fn peer(&self, holder: Holder) -> Result<Connection, BorrowError> {
         let mut peers = self.peers.lock().await;
         if let Some(peer) = peers.get(&holder.id)
-            && peer.connection.close_reason().is_none()
+            && peer.close_reason().is_none()
         {
-            return Ok(peer.connection.clone());
+            return Ok(peer.clone());
         }
-        let (endpoint, connection) = self.dial((holder.id, holder.address), PEER_WITHIN).await?;
-        peers.retain(|_, peer| peer.connection.close_reason().is_none());
+        let connection = self.dial((holder.id, holder.address), PEER_WITHIN).await?;
+        peers.retain(|_, peer| peer.close_reason().is_none());
         if peers.len() >= PEERS_MAX {
             peers.pop_first();
         }
-        peers.insert(holder.id, Peer { connection: connection.clone(), _endpoint: endpoint });
+        peers.insert(holder.id, connection.clone());
         Ok(connection)
     }
 }

@@ -367,7 +367,7 @@ impl Cluster {
 
     /// The plan in use, in short.
     pub fn outlook(&self) -> Option<Outlook> {
-        self.current.as_ref().map(|stage| stage.plan.outlook(stage.epoch, &self.facts))
+        self.current.as_ref().map(|stage| stage.plan.outlook(stage.epoch, &self.facts, &stage.present))
     }
 
     /// What the last change of the placement was, if there was one since the start.

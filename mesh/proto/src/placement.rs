@@ -24,7 +24,7 @@ use crate::facts::{LinkSpeed, ModelFacts};
 use crate::layout::Layout;
 pub use crate::machine::Capacity;
 use crate::machine::{Machine, UNMEASURED_MB_S, bytes_ns, scaled};
-use crate::routes::{HOLDERS_MAX, NodeIndex, Table};
+use crate::routes::{HOLDERS_MAX, NodeIndex, Part, ROUTER, Table};
 
 /// Figures at least this fraction (2/3) of those of the previous plan, and not more than their inverse, count as
 /// the same: a bandwidth measured in a few milliseconds varies by as much between two starts of the same machine.
@@ -190,10 +190,15 @@ impl Plan {
             && (self.unplaced() == 0 || room(memory_bytes) <= room(then.memory_bytes))
     }
 
-    /// What there is to say of it in short.
-    pub fn outlook(&self, epoch: u64, facts: &ModelFacts) -> Outlook {
+    /// Nodes that it was made for.
+    pub fn members(&self) -> Vec<NodeIndex> {
+        self.capacities.iter().map(|capacity| capacity.node).collect()
+    }
+
+    /// What there is to say of it in short. `present`: nodes that what is predicted counts on.
+    pub fn outlook(&self, epoch: u64, facts: &ModelFacts, present: &[NodeIndex]) -> Outlook {
         let experts = facts.moe_layers.len() as u64 * u64::from(facts.top_k) * facts.expert_bytes;
-        let left_out: Vec<NodeIndex> = self.left_out(facts).collect();
+        let left_out: Vec<NodeIndex> = self.left_out(facts, present);
         let share = |(node, used): (&Capacity, &NodeUse)| Share {
             node: node.node,
             share: used.weight_bytes as f64 / experts.max(1) as f64,
@@ -204,10 +209,15 @@ impl Plan {
         Outlook { epoch, token_ns, copies: self.copies(), unplaced, shares }
     }
 
-    /// Nodes whose share of the work makes decoding slower, though they have room for some: they hold copies at most.
-    pub fn left_out(&self, facts: &ModelFacts) -> impl Iterator<Item = NodeIndex> {
+    /// Those of the nodes that are `present` whose share of the work makes decoding slower, though they have room for some:
+    /// they hold copies at most of what others of them hold.
+    pub fn left_out(&self, facts: &ModelFacts, present: &[NodeIndex]) -> Vec<NodeIndex> {
+        let here = |node: &&NodeIndex| **node == ROUTER || present.contains(node);
+        let first = |part: &Part| part.holders.as_slice().iter().find(here).copied();
+        let asked: BTreeSet<NodeIndex> = self.table.all().filter_map(|(_, part)| first(part)).collect();
         let able = self.capacities.iter().filter(|node| node.memory_bytes >= facts.slice_bytes(0, 1));
-        able.map(|node| node.node).filter(|node| self.load(*node).primaries == 0)
+        let able = able.map(|node| node.node).filter(|node| present.contains(node));
+        able.filter(|node| !asked.contains(node)).collect()
     }
 }
 

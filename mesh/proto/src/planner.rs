@@ -105,18 +105,19 @@ impl Task {
         }
         if let Some(popularity) = &self.popularity {
             plan.table = tuned(&self.facts, &plan, popularity, MOVE_MAX);
-            plan.predicted = self.predicted(&plan, &members(&plan));
+            plan.predicted = self.predicted(&plan, &plan.members());
         }
         let moved_bytes = self.moved_bytes(&plan);
         let before_ns = self.before.as_ref().map(|before| self.predicted_by(before, &plan));
-        Proposal { present: members(&plan), plan: Some(plan), moved_bytes, ..self.nothing(before_ns) }
+        Proposal { present: plan.members(), plan: Some(plan), moved_bytes, ..self.nothing(before_ns) }
     }
 
     /// The placement before with stand-ins for who is not among `nodes`, where the new one would leave more to the router:
     /// cut experts are laid out anew only where all of them fit.
     fn kept(&self, before: &Plan, nodes: &[Capacity], anew: &Plan) -> Option<Proposal> {
         let open = anew.table.open_blocks(&[]);
-        if open == 0 || before.wishes != self.wishes {
+        let flags = |wishes: &Wishes| (wishes.copies, wishes.slices, wishes.router_experts);
+        if open == 0 || flags(&before.wishes) != flags(&anew.wishes) {
             return None;
         }
         let now = |node: NodeIndex| nodes.iter().find(|now| now.node == node);
@@ -124,7 +125,7 @@ impl Task {
         if nodes.iter().any(too_much) {
             return None;
         }
-        let out = members(before).into_iter().filter(|node| now(*node).is_none()).collect();
+        let out = before.members().into_iter().filter(|node| now(*node).is_none()).collect();
         let loss = Loss { out, gone: Vec::new(), able: nodes.to_vec(), step_bytes: u64::MAX };
         let StoodIn { table, moved_bytes, open: still, .. } =
             stand_in(&self.facts, before, &loss, self.popularity.as_ref());
@@ -134,7 +135,7 @@ impl Task {
         let away = before.capacities.iter().filter(|then| now(then.node).is_none());
         let mut capacities: Vec<Capacity> = away.chain(nodes).copied().collect();
         capacities.sort_by_key(|capacity| capacity.node);
-        let mut plan = Plan { table, capacities, ..before.clone() };
+        let mut plan = Plan { table, capacities, wishes: anew.wishes, ..before.clone() };
         let present: Vec<NodeIndex> = nodes.iter().map(|node| node.node).collect();
         plan.predicted = self.predicted(&plan, &present);
         let before_ns = Some(self.predicted_by(before, &plan));
@@ -165,7 +166,7 @@ impl Task {
         }
         let StoodIn { table, moved_bytes, more, .. } = stood_in;
         let mut plan = Plan { table, ..before.clone() };
-        let mut present = members(&plan);
+        let mut present = plan.members();
         present.retain(|node| !loss.out.contains(node));
         plan.predicted = self.predicted(&plan, &present);
         Proposal { plan: Some(plan), present, moved_bytes, more, ..nothing }
@@ -176,7 +177,7 @@ impl Task {
         let nothing = self.nothing(Some(now));
         let Some(popularity) = &self.popularity else { return nothing };
         let mut plan = Plan { table: tuned(&self.facts, before, popularity, MOVE_MAX), ..before.clone() };
-        let present = members(&plan);
+        let present = plan.members();
         plan.predicted = self.predicted(&plan, &present);
         let better = u128::from(plan.predicted.token_ns) * 100 < u128::from(now) * u128::from(100 - GAIN_MIN);
         if !better {
@@ -187,7 +188,7 @@ impl Task {
     }
 
     fn forecast(&self, before: &Plan) -> Proposal {
-        let mut present = members(before);
+        let mut present = before.members();
         present.retain(|node| self.serving.contains(node));
         let predicted = self.predicted(before, &present);
         Proposal { plan: Some(Plan { predicted, ..before.clone() }), present, ..self.nothing(None) }
@@ -231,10 +232,6 @@ impl Task {
         }
         bytes
     }
-}
-
-fn members(plan: &Plan) -> Vec<NodeIndex> {
-    plan.capacities.iter().map(|capacity| capacity.node).collect()
 }
 
 #[cfg(test)]

@@ -106,7 +106,7 @@ impl<'a> StandIns<'a> {
             (0..facts.experts).map(|expert| plan.table.parts(*layer, expert).to_vec()).collect()
         };
         let experts: Vec<Vec<Vec<Part>>> = facts.moe_layers.iter().map(layer).collect();
-        let left_out: Vec<NodeIndex> = plan.left_out(facts).collect();
+        let left_out = plan.left_out(facts, &plan.members());
         let position = |node: NodeIndex| loss.able.iter().position(|able| able.node == node);
         let mut busy = vec![vec![0; loss.able.len()]; experts.len()];
         for (busy, layer) in busy.iter_mut().zip(&experts) {

@@ -240,7 +240,7 @@ impl Question {
 
     fn nodes(&self, plan: &Plan, tok_s: f64) -> Vec<NodeOutcome> {
         let facts = &self.facts;
-        let outlook = plan.outlook(0, facts);
+        let outlook = plan.outlook(0, facts, &plan.members());
         let all = capacities(&self.machines.nodes);
         let forced = outlook.shares.iter().any(|share| share.left_out).then(|| {
             let forced = by_speed(facts, &all, &self.wishes);

@@ -343,8 +343,9 @@ impl Asker {
     fn dial(keys: &Keys, node: usize, router: SocketAddr) -> Asker {
         let runtime = runtime();
         let (endpoint, connection) = runtime.block_on(async {
-            let endpoint = endpoint::borrower(&keys.nodes[node], keys.router(), false).unwrap();
-            let connection = endpoint.connect(router, SERVER_NAME).unwrap().await.unwrap();
+            let endpoint = endpoint::outward(&keys.nodes[node], false).unwrap();
+            let setup = endpoint::borrowing(&keys.nodes[node], keys.router()).unwrap();
+            let connection = endpoint.connect_with(setup, router, SERVER_NAME).unwrap().await.unwrap();
             (endpoint, connection)
         });
         Asker { runtime, connection, pool: Pool::new(16 << 20), _endpoint: endpoint }

@@ -368,7 +368,7 @@ impl Cluster {
         if anew {
             self.wanted.replaced = None;
             self.wanted.asked &= !matches!(change.why, Why::Asked | Why::First);
-            for node in plan.left_out(&self.facts).collect::<Vec<_>>() {
+            for node in plan.left_out(&self.facts, &present) {
                 let note =
                     "would make every token slower by computing; it holds copies of others' experts at most";
                 self.report(node, note.to_owned(), actions);
@@ -449,17 +449,20 @@ impl Cluster {
         }
     }
 
-    /// Blocks of experts that nobody who is here and answers holds.
-    fn open(&self, stage: &Stage, order: impl Fn(NodeIndex, &Link) -> Order) -> u64 {
+    /// Nodes that do not hold what they should, are not here or do not answer.
+    fn missing(&self, order: impl Fn(NodeIndex, &Link) -> Order) -> Vec<NodeIndex> {
         let holds = |index: NodeIndex, node: &Node| {
             let held =
                 |link: &Link| order(index, link) == Order::Held && !link.released && !link.trust.is_suspect();
             node.link.as_ref().is_some_and(held) && !node.is_quarantined() && !node.barred
         };
         let nodes = (0..).zip(&self.nodes);
-        let out: Vec<NodeIndex> =
-            nodes.filter(|(index, node)| !holds(*index, node)).map(|(index, _)| index).collect();
-        stage.plan.table.open_blocks(&out)
+        nodes.filter(|(index, node)| !holds(*index, node)).map(|(index, _)| index).collect()
+    }
+
+    /// Blocks of experts that only such nodes hold, or nobody.
+    fn open(&self, stage: &Stage, order: impl Fn(NodeIndex, &Link) -> Order) -> u64 {
+        stage.plan.table.open_blocks(&self.missing(order))
     }
 
     fn switch(&mut self, now: Duration, actions: &mut Vec<Action>) {

@@ -37,7 +37,7 @@ impl Stage {
             after_ns,
             moved_bytes: 0,
         };
-        let present = plan.capacities.iter().map(|capacity| capacity.node).collect();
+        let present = plan.members();
         Stage { epoch, since: Duration::ZERO, lingers: false, plan, present, change }
     }
 }

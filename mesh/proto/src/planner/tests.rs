@@ -123,7 +123,9 @@ fn what_is_cut_stays_where_it_lies_if_a_new_plan_would_hold_less() {
     // A machine that comes takes what is open, and nothing else moves.
     let more = [able, vec![blocks(nodes(5)[4], 3)]].concat();
     let joined = Task { work: Work::Anew(more), ..base }.work();
-    assert_eq!((open_of(&joined.plan.unwrap(), &[0]), joined.present), (0, vec![1, 2, 3, 4]));
+    let (plan, present) = (joined.plan.unwrap(), joined.present);
+    assert_eq!((open_of(&plan, &[0]), &present[..]), (0, &[1, 2, 3, 4][..]));
+    assert!(plan.left_out(&facts, &present).is_empty(), "whoever stands in is asked first");
 }
 
 fn open_of(plan: &Plan, out: &[NodeIndex]) -> u64 {
