@@ -269,12 +269,12 @@ fn a_node_finds_its_router_where_it_proves_its_key() {
 #[test]
 fn the_victims_name_at_an_attackers_address_leads_nobody_there() {
     runtime().block_on(async {
-        let keys = keys(1);
+        let keys = keys(2);
         let (router, honest) = Running::router(&keys, MESH_PORT).await;
         // A machine of the cluster is no router either.
         let mut rogues = [
             hostile(Keypair::generate_ed25519(), Raw::default(), "x"),
-            hostile(keys.node_pair(0), Raw::default(), "x"),
+            hostile(keys.node_pair(1), Raw::default(), "x"),
         ];
         let mut claims = Vec::new();
         for rogue in &mut rogues {
